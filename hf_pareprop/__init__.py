@@ -1,0 +1,60 @@
+"""Reversible Transformers for Hugging Face: train without stored activations."""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForMaskedImageModeling,
+    AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from .configuration_rev_roberta import RevRobertaConfig
+from .configuration_rev_vit import RevViTConfig
+from .modeling_rev_roberta import (
+    RevRobertaForMaskedLM,
+    RevRobertaForMultipleChoice,
+    RevRobertaForQuestionAnswering,
+    RevRobertaForSequenceClassification,
+    RevRobertaForTokenClassification,
+    RevRobertaModel,
+)
+from .modeling_rev_vit import RevViTForImageClassification, RevViTForMaskedImageModeling, RevViTModel
+from .tools.convert import to_reversible, to_stock
+from .version import __version__
+
+for config in (RevRobertaConfig, RevViTConfig):
+    AutoConfig.register(config.model_type, config)
+for auto, model in (
+    (AutoModel, RevRobertaModel),
+    (AutoModelForMaskedLM, RevRobertaForMaskedLM),
+    (AutoModelForSequenceClassification, RevRobertaForSequenceClassification),
+    (AutoModelForTokenClassification, RevRobertaForTokenClassification),
+    (AutoModelForQuestionAnswering, RevRobertaForQuestionAnswering),
+    (AutoModelForMultipleChoice, RevRobertaForMultipleChoice),
+    (AutoModel, RevViTModel),
+    (AutoModelForImageClassification, RevViTForImageClassification),
+    (AutoModelForMaskedImageModeling, RevViTForMaskedImageModeling),
+):
+    auto.register(model.config_class, model)
+
+
+__all__ = [
+    "RevRobertaConfig",
+    "RevRobertaForMaskedLM",
+    "RevRobertaForMultipleChoice",
+    "RevRobertaForQuestionAnswering",
+    "RevRobertaForSequenceClassification",
+    "RevRobertaForTokenClassification",
+    "RevRobertaModel",
+    "RevViTConfig",
+    "RevViTForImageClassification",
+    "RevViTForMaskedImageModeling",
+    "RevViTModel",
+    "__version__",
+    "to_reversible",
+    "to_stock",
+]

@@ -1,0 +1,28 @@
+"""Configuration of reversible RoBERTa."""
+
+from typing import Any, ClassVar
+
+from transformers import RobertaConfig
+
+from .configuration_reversible import ReversibleConfig
+
+
+class RevRobertaConfig(ReversibleConfig, RobertaConfig):
+    """[`RobertaConfig`] with the fields of [`ReversibleConfig`]; an encoder only.
+
+    Raises:
+        ValueError: `is_decoder` or `add_cross_attention` is set.
+    """
+
+    model_type = "rev_roberta"
+    stock_model_types: ClassVar[tuple[str, ...]] = ("roberta",)
+    _auto_class: ClassVar[str | None] = "AutoConfig"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        for name in ("is_decoder", "add_cross_attention"):
+            if getattr(self, name):
+                raise ValueError(f"{name}=True: reversible RoBERTa is an encoder; use the stock model for decoding.")
+        kind = getattr(self, "position_embedding_type", None) or "absolute"
+        if kind != "absolute":
+            raise ValueError(f"position_embedding_type={kind!r} is not supported: only 'absolute' is.")

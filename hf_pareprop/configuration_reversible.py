@@ -1,0 +1,70 @@
+"""The configuration fields that every reversible family adds to its stock configuration."""
+
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig
+
+from .coupling import LayerPlan, plan_layers
+from .engine import get_engine
+
+
+class ReversibleConfig(PreTrainedConfig):
+    """Fields of a reversible model. Families inherit from this class and from their stock configuration.
+
+    Args:
+        beta (`float` or `list[float]`, defaults to 1.0):
+            Coupling of the layers, one number or one per layer: 1 is RevNet coupling, for training from scratch;
+            0.5, 0.25, … stay close to the stock checkpoint that was converted (0.5 is the default when one is loaded);
+            0 is a conventional layer, which stores its activations.
+        backward_engine (`str`, defaults to `"pareprop"`):
+            `"autograd"`, `"reprop"` or `"pareprop"`; the gradients are the same.
+        grid_bits (`int` or `None`, defaults to 12):
+            Bits after the binary point kept in what a sub-block adds to the states, so that states are rebuilt bit for
+            bit. `None` turns that off: rebuilt states drift, gradients become approximate.
+        anchor_every (`int` or `None`, defaults to `None`):
+            Store a pair of states after every so many layers; `None` stores one only where exactness needs it.
+    """
+
+    beta: float | int | list[float] = 1.0
+    backward_engine: str = "pareprop"
+    grid_bits: int | None = 12
+    anchor_every: int | None = None
+
+    stock_model_types: ClassVar[tuple[str, ...]] = ()
+    """Model types of the stock checkpoints that load straight into this family."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.layer_plans()
+        get_engine(self.backward_engine)
+
+    def layer_plans(self) -> tuple[LayerPlan, ...]:
+        """How each layer is coupled, with anchors where the bit budget asks for them.
+
+        Raises:
+            ValueError: `beta`, `grid_bits` or `anchor_every` is out of range, or they overrun the bit budget.
+        """
+        return plan_layers(self.beta, self.num_hidden_layers, self.grid_bits, self.anchor_every)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """As in transformers; the configuration of a stock checkpoint becomes this family's, at beta = 1/2.
+
+        Raises:
+            ValueError: the checkpoint is of another architecture.
+        """
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        found = config_dict.get("model_type", cls.model_type)
+        if found == cls.model_type:
+            return config_dict, kwargs
+        if found not in cls.stock_model_types:
+            raise ValueError(
+                f"{pretrained_model_name_or_path!r} is a checkpoint of model type {found!r}, which {cls.__name__} cannot "
+                f"load: it takes {cls.model_type!r} and {', '.join(map(repr, cls.stock_model_types))}."
+            )
+        return cls.from_stock_dict(config_dict), kwargs
+
+    @classmethod
+    def from_stock_dict(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
+        """The dictionary of a stock configuration as one of this family, `beta` defaulting to 1/2."""
+        return {"beta": 0.5, **config_dict, "model_type": cls.model_type}

@@ -1,0 +1,104 @@
+"""What all reversible models share: the switch of engines, and how they travel to the Hub and back."""
+
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.utils import logging
+
+from .engine import Tape, get_engine
+
+logger = logging.get_logger(__name__)
+
+
+def requested(name: str, config: PreTrainedConfig, kwargs: dict[str, Any]) -> bool:
+    """Whether an output such as `output_hidden_states` is asked for, by argument or by configuration."""
+    value = kwargs.get(name)
+    return bool(getattr(config, name, False) if value is None else value)
+
+
+class HiddenState(nn.Module):
+    """Where hidden states are recorded; a module because transformers records outputs with forward hooks."""
+
+    def forward(self, before: Tensor, after: Tensor) -> Tensor:
+        return after
+
+
+class ReversiblePreTrainedModel(PreTrainedModel):
+    """Base of the reversible families.
+
+    A family defines `auto_map`, and its encoder drives its layers with the tape of :meth:`new_tape`.
+    """
+
+    auto_map: ClassVar[dict[str, str]] = {}
+    """From each Auto class to the family's class for it, as `module.Class`; written into every checkpoint."""
+
+    model_tags = ["hf_pareprop", "reversible"]
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config, *inputs, **kwargs):
+        if not hasattr(config, "layer_plans"):
+            raise ValueError(
+                f"{type(self).__name__} got a {type(config).__name__}, which has no beta: use {self.config_class.__name__}, "
+                "or hf_pareprop.to_reversible(model) to convert a stock model."
+            )
+        super().__init__(config, *inputs, **kwargs)
+
+    def set_backward_engine(self, name: str) -> None:
+        """Choose how gradients are computed from the next forward pass on: autograd, reprop or pareprop.
+
+        The gradients are the same; `autograd` stores activations, the others rebuild them.
+
+        Raises:
+            ValueError: the engine is unknown.
+        """
+        get_engine(name)
+        self.config.backward_engine = name
+
+    def new_tape(self, layers: Sequence[nn.Module], attention_mask: Tensor | None, **kwargs) -> Tape:
+        """The tape of one forward pass.
+
+        What only stored activations can give falls back to the `autograd` engine, with the same numbers: hidden states
+        or attention maps as outputs, activation checkpointing, and an attention mask that needs a gradient.
+        """
+        engine = self.config.backward_engine
+        outputs = [n for n in ("output_hidden_states", "output_attentions") if requested(n, self.config, kwargs)]
+        checkpoints = self.training and any(layer.gradient_checkpointing for layer in layers)
+        learned_mask = isinstance(attention_mask, Tensor) and attention_mask.requires_grad
+        if engine != "autograd" and torch.is_grad_enabled() and (outputs or checkpoints or learned_mask):
+            reasons = [*outputs, *(["activation checkpointing"] if checkpoints else [])]
+            logger.warning_once(
+                f"backward_engine={engine!r} falls back to 'autograd', which stores activations, because of: "
+                f"{', '.join(reasons) or 'an attention mask that needs a gradient'}."
+            )
+            engine = "autograd"
+        return Tape(get_engine(engine), self.layer_plans)
+
+    def save_pretrained(self, save_directory, *args, is_main_process: bool = True, **kwargs) -> None:
+        """As in transformers; the code of the model goes along, so that it loads with `trust_remote_code=True`."""
+        self.config.auto_map = dict(self.auto_map)
+        if is_main_process:
+            self._save_code(Path(save_directory))
+        super().save_pretrained(save_directory, *args, is_main_process=is_main_process, **kwargs)
+
+    def _save_code(self, folder: Path) -> None:
+        # Not left to transformers, which would copy the file of the class that FSDP2 derives from ours.
+        family = next(cls for cls in type(self).__mro__ if "auto_map" in cls.__dict__)
+        source = sys.modules[family.__module__].__file__
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in dict.fromkeys([source, *get_relative_import_files(source)]):
+            shutil.copyfile(file, folder / Path(file).name)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoModel"):
+        """Nothing to do: every checkpoint is written with its code and with an `auto_map` of the whole family."""

@@ -1,0 +1,204 @@
+"""Where a rebuild runs while gradients are computed: a side stream, a worker thread, or right here.
+
+One layer's backward opens a *session* on its device's lane. In it, ``start(work)`` begins a rebuild and returns a job;
+``job.result()`` hands its outcome over, and under ``job.here()`` the gradients of the rebuilt step are computed.
+"""
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
+
+import torch
+
+
+class Job(Protocol):
+    """A rebuild under way."""
+
+    def result(self) -> Any:
+        """What the work returned, for use under :meth:`here`; raises what the work raised."""
+
+    def here(self) -> AbstractContextManager[None]:
+        """Where gradients of the result are computed, after those computed under the last job's ``here``."""
+
+
+class Session(Protocol):
+    """One layer's backward, on one lane."""
+
+    def start(self, work: Callable[[], Any]) -> Job:
+        """Begin ``work`` after everything started before it."""
+
+
+class Lane(Protocol):
+    """A place for rebuilds.
+
+    ``overlaps`` says whether work begins before its result is asked for.
+    """
+
+    overlaps: bool
+
+    def session(self) -> AbstractContextManager[Session]:
+        """Order the lane after what the caller did so far, and, on leaving, the caller after the gradients."""
+
+
+class InlineLane:
+    """Work runs when its result is asked for, so one step's graph is alive at a time.
+
+    For ``reprop``, and for devices that have no lane of their own.
+    """
+
+    overlaps = False
+
+    def session(self) -> AbstractContextManager[Session]:
+        return nullcontext(self)
+
+    def start(self, work: Callable[[], Any]) -> Job:
+        return _InlineJob(work)
+
+
+class _InlineJob:
+    def __init__(self, work: Callable[[], Any]):
+        self.result = work
+
+    def here(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+class ThreadLane:
+    """One persistent worker thread: for the CPU, where it pays at small shapes.
+
+    A session ends only when its work is done: a rebuild swaps the state of the global random number generator while
+    it replays dropout, which nobody else may see, least of all after an exception.
+    """
+
+    overlaps = True
+
+    def __init__(self) -> None:
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pareprop")
+
+    @contextmanager
+    def session(self) -> Iterator[Session]:
+        session = _ThreadSession(self._worker)
+        try:
+            yield session
+        finally:
+            session.wait()
+
+
+class _ThreadSession:
+    def __init__(self, worker: ThreadPoolExecutor):
+        self._worker = worker
+        self._last: Future[Any] | None = None
+
+    def start(self, work: Callable[[], Any]) -> Job:
+        self._last = self._worker.submit(work)
+        return _ThreadJob(self._last)
+
+    def wait(self) -> None:
+        if self._last is not None:
+            self._last.exception()  # waits and does not raise: that is for whoever asks for the result
+
+
+class _ThreadJob:
+    def __init__(self, future: "Future[Any]"):
+        self.result = future.result
+
+    def here(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+class StreamLane:
+    """Two persistent CUDA streams used in turn; streams wait for events, the host never does.
+
+    Autograd runs a node's backward on the stream of its forward, so a step's rebuild and its gradients share a stream
+    and neighbouring steps, on different ones, overlap.
+
+    The allocator gives a freed block back to the stream that made it, where new work could overwrite it while the other
+    stream still reads it. So a job, and with it every tensor it made or read, is held until its own stream has been told
+    to wait for the next job, on the other stream. (``record_stream`` would need no holding, but the block would stay
+    taken until the host sees the event.)
+    """
+
+    overlaps = True
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._streams = (torch.cuda.Stream(device), torch.cuda.Stream(device))
+        self._turn = 0
+        self._held: deque[_StreamJob] = deque(maxlen=2)
+        self.gradients: torch.cuda.Event | None = None
+
+    @contextmanager
+    def session(self) -> Iterator[Session]:
+        caller = torch.cuda.current_stream(self._device)
+        first, second = self._streams
+        for stream, other in ((first, second), (second, first)):
+            stream.wait_stream(caller)
+            stream.wait_stream(other)
+        self.gradients = None
+        try:
+            yield self
+        finally:
+            if self.gradients is not None:
+                caller.wait_event(self.gradients)
+            # The next session begins by making the streams wait for each other, so nothing has to be held until then.
+            self._held.clear()
+
+    def start(self, work: Callable[[], Any]) -> Job:
+        self._turn = 1 - self._turn
+        stream = self._streams[self._turn]
+        if self._held:
+            stream.wait_event(self._held[-1].done)
+        with torch.cuda.stream(stream):
+            job = _StreamJob(self, stream, work)
+        self._held.append(job)
+        return job
+
+
+class _StreamJob:
+    def __init__(self, lane: StreamLane, stream: "torch.cuda.Stream", work: Callable[[], Any]):
+        self._lane = lane
+        self._stream = stream
+        self._reads = work  # the closure keeps alive what the enqueued kernels read
+        self._value = work()
+        self.done = stream.record_event()
+
+    def result(self) -> Any:
+        return self._value
+
+    @contextmanager
+    def here(self) -> Iterator[None]:
+        if self._lane.gradients is not None:
+            self._stream.wait_event(self._lane.gradients)
+        with torch.cuda.stream(self._stream):
+            yield
+        self._lane.gradients = self._stream.record_event()
+
+
+_INLINE = InlineLane()
+_lanes: dict[torch.device, Lane] = {}
+_lock = threading.Lock()
+
+
+def inline_lane(device: torch.device) -> Lane:
+    """The lane that overlaps nothing."""
+    return _INLINE
+
+
+def side_lane(device: torch.device) -> Lane:
+    """The lane of ``device``: side streams on CUDA, a worker thread on the CPU, inline elsewhere."""
+    with _lock:
+        if device not in _lanes:
+            if device.type == "cuda":
+                _lanes[device] = StreamLane(device)
+            else:
+                _lanes[device] = ThreadLane() if device.type == "cpu" else _INLINE
+        return _lanes[device]
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    # A forked child inherits the worker's bookkeeping without its thread, and would wait for it for ever.
+    os.register_at_fork(after_in_child=_lanes.clear)

@@ -1,0 +1,79 @@
+"""Run a function a second time under the conditions of the first: random numbers and autocast."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Moment:
+    """The ambient state in which a step ran in the forward pass, so that it can be recomputed bit for bit.
+
+    Autocast is re-entered with its settings of the forward pass, always without its weight cache: the forward pass
+    runs without gradients, and a cast that was cached there would cut the recomputation's gradient if the backward
+    pass ran inside the same autocast region.
+
+    Random numbers are replayed from the generators' states before the step, and only if the step drew some; the
+    generators are left as they were found, so the global stream of random numbers is the one plain training sees.
+    """
+
+    __slots__ = ("_autocast", "_device", "_rng")
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._rng: list[Tensor] | None = None
+        self._autocast = [
+            (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+            for kind in dict.fromkeys((device.type, "cpu"))
+            if torch.amp.is_autocast_available(kind)
+        ]
+
+    def record(self, work: Callable[[], T]) -> T:
+        """Run ``work`` for the first time; remember the generators' states if it drew random numbers."""
+        before = _rng_state(self._device)
+        with self._in_autocast():
+            result = work()
+        drew = any(not torch.equal(a, b) for a, b in zip(before, _rng_state(self._device), strict=True))
+        self._rng = before if drew else None
+        return result
+
+    def replay(self, work: Callable[[], T]) -> T:
+        """Run ``work`` again as it ran in :meth:`record`."""
+        with self._in_autocast():
+            if self._rng is None:
+                return work()
+            found = _rng_state(self._device)
+            try:
+                _set_rng_state(self._device, self._rng)
+                return work()
+            finally:
+                _set_rng_state(self._device, found)
+
+    @contextmanager
+    def _in_autocast(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for kind, dtype, enabled in self._autocast:
+                if enabled or torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
+            yield
+
+
+def _rng_state(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    if device.type not in ("cpu", "meta"):
+        states.append(torch.get_device_module(device).get_rng_state(*_which(device)))
+    return states
+
+
+def _set_rng_state(device: torch.device, states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.get_device_module(device).set_rng_state(states[1], *_which(device))
+
+
+def _which(device: torch.device) -> tuple[torch.device, ...]:
+    return () if device.type == "mps" else (device,)  # torch.mps has one device and takes no argument
