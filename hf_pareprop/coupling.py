@@ -197,13 +197,13 @@ def phi(residual: Tensor, branch: Tensor, beta: float) -> Tensor:
 
 def advance(value: Tensor, previous: Tensor, plan: LayerPlan) -> Tensor:
     """``s[i+1]`` from ``Phi_i(s[i])`` and ``s[i-1]``."""
-    return torch.add(round_to_grid(value, plan.grid_bits).to(previous.dtype), previous, alpha=plan.beta)
+    return torch.add(round_to_grid(value, plan.grid_bits), previous, alpha=plan.beta)
 
 
 def retreat(value: Tensor, following: Tensor, plan: LayerPlan) -> Tensor:
     """``s[i-1]`` from ``Phi_i(s[i])`` and ``s[i+1]``: the inverse of :func:`advance`."""
-    difference = torch.sub(following, round_to_grid(value, plan.grid_bits).to(following.dtype))
-    return difference if plan.beta == 1 else difference.div_(plan.beta)
+    previous = torch.sub(following, round_to_grid(value, plan.grid_bits))
+    return previous if plan.beta == 1 else previous.div_(plan.beta)
 
 
 def fuse(previous: Tensor, current: Tensor, beta: float) -> Tensor:

@@ -320,12 +320,10 @@ class _RebuiltLayer(torch.autograd.Function):
                 with here:
                     grad_state, *grads = rebuilt.gradients(grad_current)
                     totals = [_sum(total, grad) for total, grad in zip(totals, grads, strict=True)]
-                    grad_state = None if grad_state is None else grad_state.to(grad_current.dtype)
-                    grad_previous, grad_current = (
-                        grad_current if beta == 1 else grad_current * beta,
-                        _sum(grad_previous, grad_state),
-                    )
-                del rebuilt
+                    if grad_state is not None:
+                        grad_previous = grad_previous + grad_state
+                    grad_previous, grad_current = grad_current if beta == 1 else grad_current * beta, grad_previous
+                del rebuilt, grad_state, grads
         return None, None, grad_previous, grad_current, *totals
 
 

@@ -68,7 +68,7 @@ class _InlineJob:
 
 
 class ThreadLane:
-    """One persistent worker thread: for the CPU, where it pays at small shapes.
+    """One persistent worker thread: for the CPU, where it pays if cores are idle.
 
     A session ends only when its work is done: a rebuild swaps the state of the global random number generator while
     it replays dropout, which nobody else may see, least of all after an exception.
@@ -189,14 +189,23 @@ def inline_lane(device: torch.device) -> Lane:
 
 
 def side_lane(device: torch.device) -> Lane:
-    """The lane of ``device``: side streams on CUDA, a worker thread on the CPU, inline elsewhere."""
+    """The lane of ``device``: side streams on CUDA, a worker thread on the CPU, inline elsewhere.
+
+    Inline too on a CPU whose cores are all taken by PyTorch's own threads: there the worker's threads would only get in
+    their way (measured on 2 cores: 0.80 to 0.92 times the speed of ``reprop`` with 2 threads, 1.15 to 1.33 with one).
+    """
+    if device.type == "cpu" and 2 * torch.get_num_threads() > _cores():
+        return _INLINE
     with _lock:
         if device not in _lanes:
-            if device.type == "cuda":
-                _lanes[device] = StreamLane(device)
-            else:
-                _lanes[device] = ThreadLane() if device.type == "cpu" else _INLINE
+            kinds: dict[str, Callable[[], Lane]] = {"cuda": lambda: StreamLane(device), "cpu": ThreadLane}
+            _lanes[device] = kinds.get(device.type, InlineLane)()
         return _lanes[device]
+
+
+def _cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows
