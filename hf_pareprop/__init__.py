@@ -24,6 +24,7 @@ from .modeling_rev_roberta import (
 )
 from .modeling_rev_vit import RevViTForImageClassification, RevViTForMaskedImageModeling, RevViTModel
 from .tools.convert import to_reversible, to_stock
+from .tools.verify import verify
 from .version import __version__
 
 for config in (RevRobertaConfig, RevViTConfig):
@@ -57,4 +58,5 @@ __all__ = [
     "__version__",
     "to_reversible",
     "to_stock",
+    "verify",
 ]

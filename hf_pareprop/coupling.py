@@ -23,6 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+DEFAULT_GRID_BITS = 12
+
 RANGE_BITS = 12
 """Bits kept for the magnitude of a state: exactness holds while ``|s| < 2**RANGE_BITS``."""
 
@@ -81,7 +83,7 @@ def betas_per_layer(beta: float | Sequence[float], num_layers: int) -> tuple[flo
 def plan_layers(
     beta: float | Sequence[float],
     num_layers: int,
-    grid_bits: int | None = 12,
+    grid_bits: int | None = DEFAULT_GRID_BITS,
     anchor_every: int | None = None,
 ) -> tuple[LayerPlan, ...]:
     """Cut the layers into segments whose states add exactly, and say where pairs of states are stored.
@@ -109,9 +111,11 @@ def plan_layers(
     if anchor_every is not None and not (_is_int(anchor_every) and anchor_every >= 1):
         raise ValueError(f"anchor_every={anchor_every!r} is not a whole number of layers: use 1 or more, or None.")
 
+    # Without a grid the drift is multiplied by 1/beta at every update, so segments are kept as short as with one.
+    kept = DEFAULT_GRID_BITS if grid_bits is None else grid_bits
+
     def bits(segment: Sequence[int]) -> int:
-        appended = sum(-int(math.log2(betas[i])) for i in segment)
-        return appended + (0 if grid_bits is None else grid_bits + RANGE_BITS)
+        return kept + RANGE_BITS + sum(-int(math.log2(betas[i])) for i in segment)
 
     segments: list[list[int]] = []
     for i, value in enumerate(betas):
@@ -120,7 +124,7 @@ def plan_layers(
         joins = bool(segments) and segments[-1][-1] == i - 1
         if joins and anchor_every is not None:
             joins = len(segments[-1]) < anchor_every
-        elif joins and grid_bits is not None:
+        elif joins:
             joins = bits([*segments[-1], i]) <= widest
         if joins:
             segments[-1].append(i)
@@ -129,10 +133,10 @@ def plan_layers(
 
     plans = [LayerPlan(beta=0.0) for _ in betas]
     for segment in segments:
-        if grid_bits is not None and bits(segment) > widest:
+        if bits(segment) > widest:
             raise ValueError(
-                f"layers {segment[0]} to {segment[-1]} need {bits(segment)} bits of state (grid_bits={grid_bits}, "
-                f"{RANGE_BITS} for the range, and {bits(segment) - grid_bits - RANGE_BITS} appended by "
+                f"layers {segment[0]} to {segment[-1]} need {bits(segment)} bits of state ({kept} for the grid, "
+                f"{RANGE_BITS} for the range, and {bits(segment) - kept - RANGE_BITS} appended by "
                 f"beta={[betas[i] for i in segment]}) but fp64 has {widest}: lower anchor_every, or raise beta, or leave "
                 "anchor_every=None to have anchors placed where they are needed."
             )

@@ -156,14 +156,20 @@ class Tape:
         record = Record(module, steps, plan, self.dtype, inputs)
         return self.engine.layer(self, index, record, previous, current)
 
+    def rebuilt(self, index: int, pair: Pair) -> None:
+        """Take the inputs of layer ``index``, rebuilt in its backward: the outputs of the layer below."""
+        if not self.plans[index].opens:
+            self.pairs[index - 1] = pair
+
     def look_ahead(self, index: int, session: Session) -> None:
         """Begin to rebuild the last step of layer ``index`` before its own backward is called.
 
-        Only while its parameters are there: under FSDP2 and ZeRO-3 they come with the layer's own backward.
+        Only where its states and parameters already are: under FSDP2 and ZeRO-3 the parameters come with the layer's
+        own backward, and a model may be spread over devices.
         """
-        record, last = self.records[index], len(self.records[index].steps) - 1
-        if record.resident():
-            self.ahead[index] = session.start(partial(record.rebuild, last, *self.pairs[index], True))
+        record, pair = self.records[index], self.pairs[index]
+        if record.resident() and record.moments[-1].device == pair[0].device:
+            self.ahead[index] = session.start(partial(record.rebuild, len(record.steps) - 1, *pair, True))
 
     def finish(self, previous: Tensor, current: Tensor, after: int = -1) -> Tensor:
         """The hidden state that the pair after layer ``after`` stands for, in the compute dtype."""
@@ -301,7 +307,7 @@ class _RebuiltLayer(torch.autograd.Function):
 
         lane = tape.engine.lane(grad_current.device)
         with lane.session() as session:
-            current, following = tape.pairs.pop(index)
+            current, following = (state.to(grad_current.device) for state in tape.pairs.pop(index))
             last = len(record.steps) - 1
             job = tape.ahead.pop(index, None) or session.start(
                 partial(record.rebuild, last, current, following, last > 0 or wants_state)
@@ -312,9 +318,9 @@ class _RebuiltLayer(torch.autograd.Function):
                 # Begin to rebuild step i-1 ...
                 if i > 0:
                     job = session.start(partial(record.rebuild, i - 1, current, following, i > 1 or wants_state))
-                elif wants_state and not record.plan.opens:
-                    tape.pairs[index - 1] = current, following
-                    if lane.overlaps:
+                elif wants_state:
+                    tape.rebuilt(index, (current, following))
+                    if lane.overlaps and not record.plan.opens:
                         tape.look_ahead(index - 1, session)
                 # ... while the gradients of step i are computed: g[i] = J^T g[i+1] + beta * g[i+2].
                 with here:

@@ -21,10 +21,10 @@ class Moment:
     generators are left as they were found, so the global stream of random numbers is the one plain training sees.
     """
 
-    __slots__ = ("_autocast", "_device", "_rng")
+    __slots__ = ("_autocast", "_rng", "device")
 
     def __init__(self, device: torch.device):
-        self._device = device
+        self.device = device
         self._rng: list[Tensor] | None = None
         self._autocast = [
             (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
@@ -34,10 +34,10 @@ class Moment:
 
     def record(self, work: Callable[[], T]) -> T:
         """Run ``work`` for the first time; remember the generators' states if it drew random numbers."""
-        before = _rng_state(self._device)
+        before = _rng_state(self.device)
         with self._in_autocast():
             result = work()
-        drew = any(not torch.equal(a, b) for a, b in zip(before, _rng_state(self._device), strict=True))
+        drew = any(not torch.equal(a, b) for a, b in zip(before, _rng_state(self.device), strict=True))
         self._rng = before if drew else None
         return result
 
@@ -46,12 +46,12 @@ class Moment:
         with self._in_autocast():
             if self._rng is None:
                 return work()
-            found = _rng_state(self._device)
+            found = _rng_state(self.device)
             try:
-                _set_rng_state(self._device, self._rng)
+                _set_rng_state(self.device, self._rng)
                 return work()
             finally:
-                _set_rng_state(self._device, found)
+                _set_rng_state(self.device, found)
 
     @contextmanager
     def _in_autocast(self) -> Iterator[None]:

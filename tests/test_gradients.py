@@ -1,0 +1,141 @@
+"""Every engine against plain autograd through the same network, over the whole matrix.
+
+Bit equality throughout: a state receives two gradients (from the step that reads it and from the step after), a sum of
+two terms does not depend on their order, and all other arithmetic is the same kernels on the same bits.
+"""
+
+import pytest
+import torch
+from families import FAMILIES, assert_same, cast, gradients, step
+
+BETAS = {"1": 1.0, "1/2": 0.5, "1/4": 0.25, "mixed": "mixed"}
+
+
+def beta_for(name: str, depth: int):
+    return [(0.5, 0, 1.0, 0.25, 0)[i % 5] for i in range(depth)] if name == "mixed" else BETAS[name]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("depth", [1, 2, 3, 4, 5])
+def test_engines_agree_with_autograd(name, attention, precision, dropout, beta, depth):
+    family = FAMILIES[name]
+    model = family.build(depth, dropout, beta=beta_for(beta, depth), attn_implementation=attention)
+    batch = family.batch()
+    if precision == "bf16":
+        model, batch = model.to(torch.bfloat16), cast(batch, torch.bfloat16)
+    loss, grads, rng = step(model, batch, "autograd", autocast=precision == "autocast")
+    assert all(torch.isfinite(g).all() for g in grads.values())
+    for engine in ("reprop", "pareprop"):
+        again = step(model, batch, engine, autocast=precision == "autocast")
+        assert torch.equal(loss, again[0])
+        assert_same(grads, again[1])
+        assert torch.equal(rng, again[2])
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.5, [0.5, 0, 1.0]])
+@pytest.mark.parametrize("engine", ["reprop", "pareprop"])
+def test_gradient_of_the_input(beta, engine, lane):
+    """inputs_embeds is what the rebuilding has to reach."""
+    family = FAMILIES["roberta"]
+    model = family.build(3, 0.1, beta=beta)
+    batch = family.batch()
+    embeds = model.get_input_embeddings()(batch.pop("input_ids")).detach()
+    found = []
+    for name in ("autograd", engine):
+        leaf = embeds.clone().requires_grad_()
+        step(model, {**batch, "inputs_embeds": leaf}, name)
+        found.append(leaf.grad)
+    assert found[0].abs().sum() > 0
+    assert torch.equal(*found)
+
+
+def test_gradient_of_the_image():
+    family = FAMILIES["vit"]
+    model = family.build(3, beta=0.5)
+    batch = family.batch()
+    found = []
+    for engine in ("autograd", "pareprop"):
+        pixels = batch["pixel_values"].clone().requires_grad_()
+        step(model, {**batch, "pixel_values": pixels}, engine)
+        found.append(pixels.grad)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.5, 0.25])
+def test_autograd_engine_agrees_with_finite_differences(family, beta):
+    """The reference itself: central differences in fp64 (grid off, it is piecewise constant) along a random direction.
+
+    With step e = 1e-5 the truncation error is of order e^2 = 1e-10 and the rounding error eps * |loss| / e = 2e-11,
+    both relative to a directional derivative of order 1; 1e-6 leaves four digits for curvature.
+    """
+    model = family.build(3, beta=beta, grid_bits=None, scale=1.0).double()
+    batch = cast(family.batch(), torch.float64)
+    _, grads, _ = step(model, batch, "autograd")
+    torch.manual_seed(3)
+    direction = {n: torch.randn_like(g) for n, g in grads.items()}
+    losses = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.add_(direction[name], alpha=sign * 1e-5)
+            losses.append(model(**batch).loss.item())
+            for name, parameter in model.named_parameters():
+                parameter.sub_(direction[name], alpha=sign * 1e-5)
+    numeric = (losses[0] - losses[1]) / 2e-5
+    analytic = sum((grads[n] * direction[n]).sum().item() for n in grads)
+    assert numeric == pytest.approx(analytic, rel=1e-6)
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.5])
+def test_lanes_agree(family, beta, lane):
+    model, batch = family.build(4, 0.1, beta=beta), family.batch()
+    assert_same(step(model, batch, "autograd")[1], step(model, batch, "pareprop")[1])
+
+
+def test_more_threads_than_one(family):
+    """The worker thread has to use as many intra-op threads as the forward pass, or kernels differ in bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        model, batch = family.build(3, 0.1, beta=0.5), family.batch()
+        assert_same(step(model, batch, "autograd")[1], step(model, batch, "pareprop")[1])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_chunked_feed_forward():
+    family = FAMILIES["roberta"]
+    model, batch = family.build(3, 0.1, beta=0.5, chunk_size_feed_forward=4), family.batch()
+    assert_same(step(model, batch, "autograd")[1], step(model, batch, "pareprop")[1])
+
+
+def test_anchors_and_grid_off(family):
+    batch = family.batch()
+    for fields in (dict(anchor_every=1), dict(anchor_every=2), dict(grid_bits=20), dict(beta=0.125, anchor_every=3)):
+        model = family.build(5, 0.1, **{"beta": 0.5, **fields})
+        assert_same(step(model, batch, "autograd")[1], step(model, batch, "pareprop")[1])
+
+
+@pytest.mark.parametrize("forward", [True, False])
+@pytest.mark.parametrize("engine", ["reprop", "pareprop"])
+def test_backward_inside_an_autocast_region(family, engine, forward):
+    """The region of the forward pass, or one that the forward pass was not in.
+
+    A weight cast that is cached without gradients in the forward would cut the gradients of the recomputation; autocast
+    that was off in the forward must not leak into it.
+    """
+    model, batch = family.build(2, beta=0.5), family.batch()
+    found = []
+    for name in ("autograd", engine):
+        model.set_backward_engine(name)
+        model.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", enabled=forward, dtype=torch.bfloat16):
+                loss = model(**batch).loss
+            loss.backward()
+        found.append(gradients(model))
+    assert_same(*found)
