@@ -1,0 +1,326 @@
+"""One tape per forward pass: what users do between a forward and its backward."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from families import FAMILIES, assert_same, gradients, step
+
+import hf_pareprop.engine
+from hf_pareprop.engine import Tape, named_parameters_of
+
+ENGINES = ["reprop", "pareprop"]
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request, lane):
+    return request.param
+
+
+def losses_in(model, engine, *batches):
+    model.set_backward_engine(engine)
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(7)
+    return [model(**batch).loss for batch in batches]
+
+
+def other(batch):
+    return {k: v.flip(0) for k, v in batch.items()}
+
+
+def test_two_forwards_before_one_backward(family, engine):
+    model, batch = family.build(3, 0.1, beta=0.5), family.batch()
+    found = []
+    for name in ("autograd", engine):
+        sum(losses_in(model, name, batch, other(batch))).backward()
+        found.append(gradients(model))
+    assert_same(*found)
+
+
+def test_backwards_in_the_order_of_the_forwards(family, engine):
+    model, batch = family.build(3, 0.1, beta=0.5), family.batch()
+    found = []
+    for name in ("autograd", engine):
+        for loss in losses_in(model, name, batch, other(batch)):
+            loss.backward()
+        found.append(gradients(model))
+    assert_same(*found)
+
+
+def test_two_models_interleaved(engine):
+    text, image = (FAMILIES[name].build(3, 0.1, beta=0.5) for name in ("roberta", "vit"))
+    batches = [FAMILIES[name].batch() for name in ("roberta", "vit")]
+    found = []
+    for name in ("autograd", engine):
+        loss = losses_in(text, name, batches[0])[0] * losses_in(image, name, batches[1])[0]
+        loss.backward()
+        found.append({**gradients(text), **gradients(image)})
+    assert_same(*found)
+
+
+def test_autograd_grad_of_a_few_parameters(family, engine):
+    """Only the upper layers are differentiated: what was begun for the layer below must not disturb the next step."""
+    model, batch = family.build(4, 0.1, beta=0.5), family.batch()
+    wanted = [p for n, p in model.named_parameters() if ".layer.2." in n and "dense" in n]
+    found = []
+    for name in ("autograd", engine):
+        (loss,) = losses_in(model, name, batch)
+        found.append(dict(enumerate(torch.autograd.grad(loss, wanted))))
+    assert_same(*found)
+    assert_same(step(model, batch, "autograd")[1], step(model, batch, engine)[1])
+
+
+def test_backward_twice_through_a_retained_graph(family, engine):
+    model, batch = family.build(3, 0.1, beta=0.5), family.batch()
+    found = []
+    for name in ("autograd", engine):
+        (loss,) = losses_in(model, name, batch)
+        loss.backward(retain_graph=True)
+        loss.backward()
+        found.append(gradients(model))
+    assert_same(*found)
+
+
+def test_a_freed_graph_is_noticed(family, engine):
+    (loss,) = losses_in(family.build(3), engine, family.batch())
+    loss.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def frozen(model, *parts):
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in parts):
+            parameter.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ["embeddings"],
+        ["embeddings", ".layer.0.", ".layer.1."],
+        ["embeddings", ".layer."],
+        [".layer.1."],
+        [".layer.1.", ".layer.2."],
+        ["attention"],
+        ["weight", "embeddings"],
+    ],
+    ids=["embeddings", "prefix", "only the head", "a middle layer", "the last layers", "attentions", "all but biases"],
+)
+def test_frozen_parameters(family, engine, parts):
+    model, batch = frozen(family.build(3, 0.1, beta=0.5), *parts), family.batch()
+    assert_same(step(model, batch, "autograd")[1], step(model, batch, engine)[1])
+
+
+def test_a_frozen_prefix_is_not_rebuilt(family, engine, monkeypatch):
+    model, batch = frozen(family.build(4, beta=0.5), "embeddings", ".layer.0.", ".layer.1."), family.batch()
+    rebuilt = []
+    rebuild = hf_pareprop.engine.Record.rebuild
+    monkeypatch.setattr(
+        hf_pareprop.engine.Record,
+        "rebuild",
+        lambda self, index, *args: rebuilt.append((self.module.layer_idx, index)) or rebuild(self, index, *args),
+    )
+    step(model, batch, engine)
+    assert rebuilt == [(3, 1), (3, 0), (2, 1), (2, 0)]
+
+
+class Trouble(Exception):
+    pass
+
+
+def test_an_exception_in_the_middle_of_a_backward(family, engine):
+    """The step after it is a good one, and random numbers go on where they were."""
+    model, batch = family.build(4, 0.1, beta=0.5), family.batch()
+    reference = step(model, batch, "autograd")
+
+    def fail(parameter):
+        raise Trouble
+
+    name, parameter = next((n, p) for n, p in model.named_parameters() if ".layer.2." in n and p.dim() == 2)
+    handle = parameter.register_post_accumulate_grad_hook(fail)
+    (loss,) = losses_in(model, engine, batch)
+    state = torch.get_rng_state()
+    with pytest.raises(Trouble):
+        loss.backward()
+    assert torch.equal(state, torch.get_rng_state())
+    handle.remove()
+    del loss
+    again = step(model, batch, engine)
+    assert torch.equal(reference[0], again[0])
+    assert_same(reference[1], again[1])
+
+
+def test_an_exception_in_a_rebuild(family, engine):
+    model, batch = family.build(4, 0.1, beta=0.5), family.batch()
+    reference = step(model, batch, "autograd")
+    (loss,) = losses_in(model, engine, batch)
+    state = torch.get_rng_state()
+
+    def fail(module, args, output):
+        raise Trouble
+
+    handle = model.base_model.encoder.layer[1].attention.register_forward_hook(fail)
+    with pytest.raises(Trouble):
+        loss.backward()
+    handle.remove()
+    assert torch.equal(state, torch.get_rng_state())
+    assert_same(reference[1], step(model, batch, engine)[1])
+
+
+def test_eval_and_no_grad_between_forward_and_backward(family, engine):
+    model, batch = family.build(3, 0.1, beta=0.5), family.batch()
+    reference = step(model, batch, "autograd")[1]
+    (loss,) = losses_in(model, engine, batch)
+    model.eval()
+    with torch.no_grad():
+        model(**batch)
+    model(**batch).loss  # a graph that is never walked
+    model.train()
+    loss.backward()
+    assert_same(reference, gradients(model))
+
+
+def test_evaluation_agrees_with_and_without_gradients(family, engine):
+    model, batch = family.build(3, 0.1, beta=0.5).eval(), family.batch()
+    model.set_backward_engine(engine)
+    with torch.no_grad():
+        plain = model(**batch).logits
+    with torch.inference_mode():
+        assert torch.equal(plain, model(**batch).logits)
+    assert torch.equal(plain, model(**batch).logits)
+
+
+def test_create_graph_is_refused(family, engine):
+    (loss,) = losses_in(family.build(2), engine, family.batch())
+    with pytest.raises(RuntimeError, match=r"create_graph=True .*set_backward_engine\('autograd'\)"):
+        loss.backward(create_graph=True)
+
+
+def test_create_graph_works_with_autograd(family):
+    model = family.build(2, backward_engine="autograd", attn_implementation="eager")
+    grads = torch.autograd.grad(model(**family.batch()).loss, list(model.parameters()), create_graph=True)
+    sum(g.square().sum() for g in grads if g is not None).backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_a_modified_parameter_is_noticed(family, engine):
+    """As in plain autograd: the optimizer may not step between a forward and its backward."""
+    model = family.build(2, beta=0.5)
+    (loss,) = losses_in(model, engine, family.batch())
+    with torch.no_grad():
+        model.base_model.encoder.layer[0].output.dense.weight.mul_(1.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_hook_on_a_parameter_runs_once(family, engine):
+    model, batch = family.build(3, 0.1, beta=0.5), family.batch()
+    parameter = model.base_model.encoder.layer[1].output.dense.weight
+    calls = []
+    parameter.register_hook(lambda grad: calls.append(1) or grad * 2)
+    reference = step(model, batch, "autograd")[1]
+    assert_same(reference, step(model, batch, engine)[1])
+    assert len(calls) == 2
+
+
+def test_optimizer_in_the_backward(family, engine):
+    """Each parameter is updated as soon as its gradient is there, while lower layers are still being rebuilt."""
+
+    def sgd(parameter):
+        parameter.data.sub_(parameter.grad, alpha=0.1)
+
+    found = []
+    for name in ("autograd", engine):
+        model = family.build(3, 0.1, beta=0.5)
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(sgd)
+        step(model, family.batch(), name)
+        found.append({n: p.detach() for n, p in model.named_parameters()})
+    assert_same(*found)
+
+
+def test_tied_layers(family, engine):
+    """One layer's parameters used by another."""
+    model, batch = family.build(3, 0.1, beta=0.5), family.batch()
+    layers = model.base_model.encoder.layer
+    layers[2].output.dense = layers[0].output.dense
+    layers[2].attention = layers[1].attention
+    reference, again = step(model, batch, "autograd")[1], step(model, batch, engine)[1]
+    assert reference.keys() == again.keys()
+    for name, grad in reference.items():
+        # Two contributions are summed in another order, each rounding to half an ulp of fp32.
+        torch.testing.assert_close(again[name], grad, rtol=2**-20, atol=2**-20 * grad.abs().max().item())
+
+
+def test_lora(family, engine):
+    from peft import LoraConfig, get_peft_model
+
+    model, batch = family.build(3, 0.1, beta=0.5), family.batch()
+    torch.manual_seed(1)
+    model = get_peft_model(model, LoraConfig(target_modules=["query", "value"], lora_dropout=0.1, r=4))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    reference = step(model, batch, "autograd")[1]
+    assert reference and all("lora" in name for name in reference)
+    assert_same(reference, step(model, batch, engine)[1])
+
+
+def test_tuned_layer_norms(engine):
+    """Post-LN: the norm that ends a layer is applied by the next one, also when PEFT has wrapped it."""
+    from peft import LNTuningConfig, get_peft_model
+
+    family = FAMILIES["roberta"]
+    model = get_peft_model(family.build(3, 0.1, beta=0.5), LNTuningConfig(target_modules=["LayerNorm"]))
+    reference = step(model, family.batch(), "autograd")[1]
+    assert any("layer.2.output" in name for name in reference)
+    assert_same(reference, step(model, family.batch(), engine)[1])
+
+
+def test_nothing_outlives_the_graph(family, engine, monkeypatch):
+    """A tape is freed with its graph, by reference counting alone: garbage collection comes too late for memory."""
+    tapes = []
+    init = Tape.__init__
+    monkeypatch.setattr(Tape, "__init__", lambda self, *a: tapes.append(weakref.ref(self)) or init(self, *a))
+    model, batch = family.build(3, 0.1, beta=0.5), family.batch()
+    gc.disable()
+    try:
+        step(model, batch, engine)
+        (loss,) = losses_in(model, engine, batch)  # a forward whose backward never comes
+        del loss
+        assert len(tapes) == 2
+        assert all(tape() is None for tape in tapes)
+    finally:
+        gc.enable()
+
+
+def test_parameters_of_a_data_parallel_replica(family):
+    """nn.DataParallel's replicas have no registered parameters; missing them would lose gradients silently."""
+    layer = family.build(1).base_model.encoder.layer[0]
+    names = list(named_parameters_of(layer))
+    assert names == [name for name, _ in layer.named_parameters()]
+    dense = layer.output.dense
+    replica = dense._replicate_for_data_parallel()
+    replica._former_parameters = dict(dense._parameters)
+    assert list(named_parameters_of(replica)) == ["weight", "bias"]
+
+
+def test_states_that_something_casts_are_refused(family):
+    """FSDP2 with mixed precision casts the inputs of layers; the states would no longer be the ones that were returned."""
+    model = family.build(3, beta=0.5)
+    layer = model.base_model.encoder.layer[1]
+    layer.register_forward_pre_hook(lambda module, args: tuple(a.to(torch.bfloat16) for a in args[:2]) + args[2:])
+    with pytest.raises(RuntimeError, match="cast_forward_inputs=False"):
+        model(**family.batch())
+
+
+def test_an_unknown_engine(family):
+    model = family.build(1)
+    with pytest.raises(ValueError, match="backward_engine='fast' is unknown: use one of 'autograd', 'reprop'"):
+        model.set_backward_engine("fast")
+    assert model.config.backward_engine == "pareprop"
+    with pytest.raises(ValueError, match="backward_engine='fast'"):
+        family.config(backward_engine="fast")
