@@ -1,0 +1,344 @@
+"""Stock checkpoints in and out; at beta = 0 the stock model, bit for bit; bad input refused."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from families import FAMILIES, IMAGE, TEXT, cast, gradients, image_batch, step, text_batch
+
+import hf_pareprop as hp
+from hf_pareprop.tools.convert import REVERSIBLE
+
+HEADS = sorted(REVERSIBLE)
+
+
+def stock(head, dropout=0.0, **fields):
+    torch.manual_seed(0)
+    rates = dict(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, num_hidden_layers=3)
+    if "Question" in head:
+        fields["num_labels"] = 2
+    if head.startswith("Roberta"):
+        config = transformers.RobertaConfig(**{**TEXT, **rates, **fields})
+    else:
+        config = transformers.ViTConfig(**{**IMAGE, **rates, **fields})
+    return getattr(transformers, head)(config).eval()
+
+
+def batch_for(head, labels=True):
+    batch = text_batch() if head.startswith("Roberta") else image_batch()
+    answers = batch.pop("labels")
+    if "MaskedImage" in head:
+        batch["bool_masked_pos"] = torch.arange(27).reshape(3, 9) % 2 == 0
+    if "Choice" in head:
+        batch = {k: torch.stack([v, v.flip(0)], dim=1) for k, v in batch.items()}
+        answers = torch.tensor([0, 1, 1])
+    if not labels or head.endswith("Model") or "MaskedImage" in head:
+        return batch
+    if "Question" in head:
+        return {**batch, "start_positions": answers, "end_positions": answers + 2}
+    if "Token" in head or "MaskedLM" in head:
+        answers = batch["input_ids"] % 3
+    return {**batch, "labels": answers}
+
+
+def assert_outputs_equal(a, b):
+    assert type(a) is type(b)
+    names = [name for name in a if name != "cross_attentions"]  # stock RoBERTa reports an empty tuple of them
+    assert names == list(b)
+    for name in names:
+        if isinstance(a[name], tuple):
+            assert len(a[name]) == len(b[name]), name
+            assert all(torch.equal(x, y) for x, y in zip(a[name], b[name], strict=True)), name
+        else:
+            assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_checkpoints_load_straight_in(head, tmp_path):
+    stock(head).save_pretrained(tmp_path)
+    # Loaded too: tensors mapped from a file are aligned differently, which picks other kernels for tiny matrices.
+    model = getattr(transformers, head).from_pretrained(tmp_path)
+    converted, info = REVERSIBLE[head].from_pretrained(tmp_path, beta=0.0, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert not converted.training
+    assert_outputs_equal(model(**batch_for(head)), converted(**batch_for(head)))
+    assert REVERSIBLE[head].from_pretrained(tmp_path).config.beta == 0.5
+    quarter = REVERSIBLE[head].from_pretrained(tmp_path, beta=0.25, anchor_every=2, backward_engine="reprop")
+    assert (quarter.config.beta, quarter.config.anchor_every, quarter.config.backward_engine) == (0.25, 2, "reprop")
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
+def test_beta_zero_is_the_stock_model(head, attention, precision):
+    """Outputs in evaluation and, with dropout, in training; hidden states and attentions; gradients."""
+    model = stock(head, dropout=0.1, attn_implementation=attention)
+    converted = hp.to_reversible(model, beta=0)
+    batch = batch_for(head, labels=precision != "bf16")  # stock RoBERTa computes the loss itself in bf16, we in fp32
+    if precision == "bf16":
+        model, converted, batch = model.bfloat16(), converted.bfloat16(), cast(batch, torch.bfloat16)
+    asked = dict(output_hidden_states=True, output_attentions=attention == "eager")
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+        assert_outputs_equal(model(**batch, **asked), converted(**batch, **asked))
+        for m in (model.train(), converted.train()):
+            torch.manual_seed(5)
+            m.outputs = m(**batch)
+    assert_outputs_equal(model.outputs, converted.outputs)
+    for m in (model, converted):
+        m.outputs[0].float().sum().backward()
+    found, expected = gradients(converted), gradients(model)
+    assert len(found) == len(expected)
+    assert all(any(torch.equal(g, e) for e in expected.values()) for g in found.values())
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_there_and_back_is_the_identity(head):
+    model = stock(head)
+    model.get_parameter(next(n for n, _ in model.named_parameters())).requires_grad_(False)
+    rng = torch.get_rng_state()
+    converted = hp.to_reversible(model, beta=0.5)
+    back = hp.to_stock(converted)
+    assert torch.equal(rng, torch.get_rng_state())
+    assert type(back) is type(model)
+    assert back.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(t, model.state_dict()[n]) for n, t in back.state_dict().items())
+    assert [p.requires_grad for p in back.parameters()] == [p.requires_grad for p in model.parameters()]
+    assert sum(not p.requires_grad for p in converted.parameters()) == 1
+    assert not back.training and not converted.training
+    differences = {"architectures", "dtype", "transformers_version"}
+    a, b = ({k: v for k, v in m.config.to_dict().items() if k not in differences} for m in (model, back))
+    assert a == b
+
+
+def test_tied_weights_stay_tied():
+    converted = hp.to_reversible(stock("RobertaForMaskedLM"))
+    assert converted.lm_head.decoder.weight is converted.roberta.embeddings.word_embeddings.weight
+    assert converted.lm_head.decoder.bias is converted.lm_head.bias
+
+
+def test_conversion_leaves_the_source_alone(family):
+    model = family.build_stock()
+    converted = hp.to_reversible(model, beta=0.5)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in converted.parameters():
+            parameter.add_(1.0)
+    assert all(torch.equal(t, model.state_dict()[n]) for n, t in before.items())
+    assert "beta" not in model.config.to_dict()
+
+
+def test_conversion_keeps_dtype_and_mode(family):
+    model = family.build_stock().to(torch.bfloat16).train()
+    converted = hp.to_reversible(model)
+    assert converted.dtype == torch.bfloat16 and converted.training
+    assert converted.config.num_labels == 3
+    assert converted.config._attn_implementation == model.config._attn_implementation
+
+
+def test_conversion_from_a_directory(family, tmp_path):
+    family.build_stock().save_pretrained(tmp_path)
+    converted = hp.to_reversible(tmp_path, beta=[0.5, 0, 1])
+    assert type(converted) is family.model
+    assert converted.config.beta == [0.5, 0, 1]
+
+
+def test_a_new_head_on_a_base_checkpoint(tmp_path):
+    stock("RobertaModel").save_pretrained(tmp_path)
+    model, info = hp.RevRobertaForSequenceClassification.from_pretrained(
+        tmp_path, num_labels=5, output_loading_info=True
+    )
+    assert model.config.num_labels == 5
+    assert {k.split(".")[0] for k in info["missing_keys"]} == {"classifier"}
+    assert {k.split(".")[0] for k in info["unexpected_keys"]} <= {"pooler", "roberta"}
+    assert all("pooler" in k for k in info["unexpected_keys"])
+
+
+def test_a_base_model_from_a_checkpoint_with_a_head(tmp_path):
+    model = stock("ViTForImageClassification")
+    model.save_pretrained(tmp_path)
+    converted = hp.RevViTModel.from_pretrained(tmp_path, beta=0, add_pooling_layer=False)
+    batch = batch_for("ViTModel")
+    assert torch.equal(converted(**batch)[0], model.vit(**batch)[0])
+
+
+@pytest.mark.parametrize("asked", [dict(return_dict=False), dict(output_hidden_states=True), {}])
+@pytest.mark.parametrize("head", ["RobertaModel", "ViTModel"])
+def test_forms_of_output(head, asked):
+    model, batch = stock(head), batch_for(head)
+    expected, found = model(**batch, **asked), hp.to_reversible(model, beta=0)(**batch, **asked)
+    if asked.get("return_dict") is False:
+        assert isinstance(found, tuple) and len(found) == len(expected)
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    else:
+        assert_outputs_equal(expected, found)
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        dict(inputs_embeds=torch.randn(2, 9, 32)),
+        dict(input_ids=torch.randint(4, 61, (2, 9)), position_ids=torch.arange(18).reshape(2, 9) + 2),
+        dict(input_ids=torch.randint(4, 61, (2, 9)), token_type_ids=torch.arange(18).reshape(2, 9) % 2),
+        dict(input_ids=torch.randint(4, 61, (2, 9)), attention_mask=torch.ones(2, 1, 9, 9).tril().bool()),
+        dict(input_ids=torch.cat([torch.randint(4, 61, (2, 20)), torch.ones(2, 10, dtype=torch.long)], 1)),
+    ],
+    ids=["inputs_embeds", "position_ids", "token_type_ids", "4-d mask", "padding past the positions"],
+)
+@pytest.mark.parametrize("chunk", [0, 3])
+def test_text_inputs(inputs, chunk):
+    if chunk and next(iter(inputs.values())).shape[1] % chunk:
+        chunk = 10
+    model = stock("RobertaModel", chunk_size_feed_forward=chunk)
+    expected, found = model(**inputs), hp.to_reversible(model, beta=0)(**inputs)
+    assert_outputs_equal(expected, found)
+
+
+def test_chunks_need_not_divide_the_sequence():
+    model = hp.to_reversible(stock("RobertaModel", chunk_size_feed_forward=4))
+    ids = torch.randint(4, 61, (2, 9))
+    whole = hp.to_reversible(stock("RobertaModel"))
+    torch.testing.assert_close(model(ids)[0], whole(ids)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [12, 16, 24])
+def test_interpolated_positions(size):
+    model = stock("ViTForImageClassification")
+    batch = dict(pixel_values=torch.randn(2, 3, size, size), interpolate_pos_encoding=True)
+    assert_outputs_equal(model(**batch), hp.to_reversible(model, beta=0)(**batch))
+
+
+def test_images_that_are_not_square():
+    fields = {**IMAGE, "image_size": [8, 12], "patch_size": 4, "num_hidden_layers": 2}
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(**fields)).eval()
+    batch = dict(pixel_values=torch.randn(2, 3, 8, 12))
+    assert_outputs_equal(model(**batch), hp.to_reversible(model, beta=0)(**batch))
+
+
+@pytest.mark.parametrize("problem", ["regression", "single_label_classification", "multi_label_classification"])
+def test_problem_types(family, problem):
+    model = family.build_stock(problem_type=problem).eval()
+    batch = family.batch()
+    if problem != "single_label_classification":
+        batch["labels"] = torch.rand(3, 3)
+    assert_outputs_equal(model(**batch), hp.to_reversible(model, beta=0)(**batch))
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.5, [0.5, 0, 1.0]])
+def test_hidden_states_in_training_have_gradients(family, beta):
+    """They fall back to stored activations, with the same numbers."""
+    model, batch = family.build(3, 0.1, beta=beta), family.batch()
+    reference = step(model, batch, "autograd")
+    model.set_backward_engine("pareprop")
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(7)
+    outputs = model(**batch, output_hidden_states=True)
+    assert torch.equal(outputs.loss.detach(), reference[0])
+    assert len(outputs.hidden_states) == 4
+    (outputs.loss + sum(h.float().square().mean() for h in outputs.hidden_states)).backward()
+    assert all(torch.isfinite(g).all() for g in gradients(model).values())
+    lower = "layer.0.output.dense.weight"
+    a, b = (next(g for n, g in grads.items() if lower in n) for grads in (gradients(model), reference[1]))
+    assert not torch.equal(a, b)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_falls_back(family, reentrant):
+    model, batch = family.build(3, 0.1, beta=0.5), family.batch()
+    reference = step(model, batch, "pareprop")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    again = step(model, batch, "pareprop")
+    assert torch.equal(reference[0], again[0])
+    for name, grad in reference[1].items():
+        assert torch.equal(grad, again[1][name]), name
+
+
+def test_a_mask_that_needs_a_gradient_gets_one():
+    family = FAMILIES["roberta"]
+    model, batch = family.build(2, beta=0.5, attn_implementation="eager"), family.batch()
+    found = []
+    for engine in ("autograd", "pareprop"):
+        bias = torch.zeros(3, 1, 11, 11, requires_grad=True)
+        step(model, {**batch, "attention_mask": bias}, engine)
+        found.append(bias.grad)
+    assert found[0].abs().sum() > 0
+    assert torch.equal(*found)
+
+
+# --- bad input
+
+
+def test_an_unsupported_architecture(tmp_path, family):
+    transformers.DistilBertModel(
+        transformers.DistilBertConfig(vocab_size=20, dim=16, n_layers=1, n_heads=2, hidden_dim=16)
+    ).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="model type 'distilbert'"):
+        family.model.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="DistilBertModel has no reversible twin"):
+        hp.to_reversible(tmp_path)
+
+
+def test_unsupported_stock_models():
+    with pytest.raises(ValueError, match="has no reversible twin"):
+        hp.to_reversible(transformers.RobertaForCausalLM(transformers.RobertaConfig(**TEXT, is_decoder=True)))
+    with pytest.raises(ValueError, match="is_decoder=True"):
+        hp.RevRobertaConfig(is_decoder=True)
+    with pytest.raises(ValueError, match="not a reversible model"):
+        hp.to_stock(stock("ViTModel"))
+    with pytest.raises(TypeError, match="no field 'betta'"):
+        hp.to_reversible(stock("ViTModel"), betta=1)
+    with pytest.raises(ValueError, match="Adapters have to be merged"):
+        model = stock("ViTModel")
+        model.extra = torch.nn.Linear(2, 2)
+        hp.to_reversible(model)
+
+
+def test_a_stock_configuration(family):
+    with pytest.raises(ValueError, match="use RevR|use RevV"):
+        family.model(family.stock_config(**family.config_fields(1, 0.0)))
+
+
+@pytest.mark.parametrize("beta", [0.3, [0.5], "half", -1])
+def test_a_bad_beta(family, beta, tmp_path):
+    with pytest.raises(Exception, match="beta"):
+        family.build(3, beta=beta)
+    with pytest.raises(Exception, match="beta"):
+        hp.to_reversible(family.build_stock(), beta=beta)
+    family.build_stock().save_pretrained(tmp_path)
+    with pytest.raises(Exception, match="beta"):
+        family.model.from_pretrained(tmp_path, beta=beta)
+
+
+def test_a_checkpoint_with_a_bad_beta(family, tmp_path):
+    family.build(3).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "beta": [0.5, 0.5]}))
+    with pytest.raises(ValueError, match="2 entries .* 3 layers"):
+        family.model.from_pretrained(tmp_path)
+
+
+def test_a_wrong_image_size():
+    model = FAMILIES["vit"].build(1)
+    with pytest.raises(ValueError, match=r"16x12, the model was built for 12x12.*interpolate_pos_encoding=True"):
+        model(pixel_values=torch.randn(1, 3, 16, 12))
+    with pytest.raises(ValueError, match="1 channels, the model was built for 3"):
+        model(pixel_values=torch.randn(1, 1, 12, 12))
+    with pytest.raises(ValueError, match="pixel_values"):
+        model()
+    with pytest.raises(ValueError, match="mask token"):
+        model.vit(torch.randn(1, 3, 12, 12), bool_masked_pos=torch.ones(1, 9, dtype=torch.bool))
+
+
+def test_a_sequence_longer_than_the_positions():
+    model = FAMILIES["roberta"].build(1)
+    with pytest.raises(ValueError, match="more than 22 tokens .* 30 long"):
+        model(input_ids=torch.full((1, 30), 5))
+    with pytest.raises(ValueError, match="more than 22 tokens"):
+        model(inputs_embeds=torch.randn(1, 30, 32))
+    with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+        model()
+
+
+def test_heads_that_do_not_divide_the_width(family):
+    with pytest.raises(ValueError, match="hidden_size=32 is not a multiple of num_attention_heads=5"):
+        family.model(family.config(**{**family.config_fields(1, 0.0), "num_attention_heads": 5}))
