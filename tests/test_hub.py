@@ -1,0 +1,178 @@
+"""What is saved or pushed loads where hf_pareprop has never been heard of, trains, and travels on."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES
+from loopback import USER, Hub
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+
+import hf_pareprop as hp
+
+PACKAGE = Path(hp.__file__).parent
+
+# Runs in a process that cannot import hf_pareprop. Arguments: a directory or repository, the reference file, Auto class.
+STRANGER = """
+import sys
+
+class Block:
+    def find_spec(self, name, *args):
+        if name.split(".")[0] == "hf_pareprop":
+            raise ImportError("blocked: " + name)
+
+sys.meta_path.insert(0, Block())
+import torch, transformers
+
+source, reference, auto, again = sys.argv[1:5]
+batch, logits = torch.load(reference)
+cls = getattr(transformers, auto)
+model = cls.from_pretrained(source, trust_remote_code=True)
+assert torch.equal(model.eval()(**batch).logits, logits)
+assert model.config.backward_engine == "pareprop"
+before = model.get_parameter(next(n for n, p in model.named_parameters() if "layer.0" in n and p.dim() == 2)).clone()
+optimizer = torch.optim.SGD(model.train().parameters(), lr=0.1)
+model(**batch).loss.backward()
+assert all(p.grad is not None for n, p in model.named_parameters() if "layer" in n)
+optimizer.step()
+trained = model.eval()(**batch).logits
+assert not torch.equal(trained, logits)
+model.save_pretrained(again)
+reloaded = cls.from_pretrained(again, trust_remote_code=True).eval()
+assert torch.equal(reloaded(**batch).logits, trained)
+for other in sys.argv[5:]:
+    getattr(transformers, other).from_pretrained(again, trust_remote_code=True)
+print("LOADED")
+"""
+
+
+@pytest.fixture
+def env(tmp_path):
+    """A process environment without a network, with caches of its own."""
+    return {
+        **os.environ,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_XET": "1",
+    }
+
+
+def stranger(env, cwd, *args):
+    command = [sys.executable, "-W", "ignore", "-c", STRANGER, *map(str, args)]
+    result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=cwd)
+    assert "LOADED" in result.stdout, result.stderr[-2000:]
+
+
+def reference_for(family, model, path):
+    batch = family.batch()
+    torch.save((batch, model.eval()(**batch).logits.detach()), path)
+
+
+@pytest.mark.parametrize("beta", [1.0, [0.5, 0, 0.25]])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_saved_model_loads_elsewhere(name, beta, tmp_path, env):
+    family = FAMILIES[name]
+    model = family.build(3, 0.1, beta=beta)
+    model.save_pretrained(tmp_path / "model")
+    reference_for(family, model, tmp_path / "reference.pt")
+    auto = next(a for a, c in model.auto_map.items() if c.endswith("." + type(model).__name__))
+    others = [a for a in model.auto_map if a not in (auto, "AutoModelForMultipleChoice")]
+    stranger(env, tmp_path, tmp_path / "model", tmp_path / "reference.pt", auto, tmp_path / "again", *others)
+
+
+def test_the_auto_map_names_every_head(family, tmp_path):
+    model = family.build(1)
+    model.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config.auto_map == model.auto_map
+    for reference in model.auto_map.values():
+        module, cls = reference.split(".")
+        assert (tmp_path / f"{module}.py").read_text() == (PACKAGE / f"{module}.py").read_text()
+        assert hasattr(sys.modules[f"hf_pareprop.{module}"], cls)
+        assert getattr(hp, cls).__module__ == f"hf_pareprop.{module}"
+
+
+def test_auto_classes_know_the_package(tmp_path):
+    """With the package installed, its own code is used and no trust is asked for."""
+    model = FAMILIES["roberta"].build(1)
+    model.save_pretrained(tmp_path)
+    assert type(AutoModelForSequenceClassification.from_pretrained(tmp_path)) is type(model)
+    assert type(AutoModel.from_pretrained(tmp_path)) is hp.RevRobertaModel
+    assert type(AutoModel.from_config(hp.RevViTConfig(num_hidden_layers=1))) is hp.RevViTModel
+
+
+def test_push_to_hub_and_back(tmp_path, env):
+    family = FAMILIES["roberta"]
+    model = family.build(2, 0.1, beta=0.5)
+    model.save_pretrained(tmp_path / "local")
+    reference_for(family, model, tmp_path / "reference.pt")
+    hub = Hub()
+    env = {**env, "HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_token"}
+    del env["HF_HUB_OFFLINE"]
+    push = (
+        "import sys, hf_pareprop as hp; "
+        "m = hp.RevRobertaForSequenceClassification.from_pretrained(sys.argv[1]); m.push_to_hub('small')"
+    )
+    try:
+        command = [sys.executable, "-W", "ignore", "-c", push, str(tmp_path / "local")]
+        result = subprocess.run(command, capture_output=True, text=True, env=env)
+        assert result.returncode == 0, result.stderr[-2000:]
+        files = hub.repositories[f"{USER}/small"].files
+        assert {"config.json", "model.safetensors", "modeling_rev_roberta.py", "engine.py", "README.md"} <= files.keys()
+        assert b"hf_pareprop" in files["README.md"]
+        stranger(
+            env,
+            tmp_path,
+            f"{USER}/small",
+            tmp_path / "reference.pt",
+            "AutoModelForSequenceClassification",
+            tmp_path / "again",
+            "AutoModelForMaskedLM",
+        )
+    finally:
+        hub.stop()
+
+
+def test_a_subclass_that_fsdp_derives_is_saved_as_the_original(tmp_path):
+    """FSDP2 changes the class of a model to one defined in torch, whose file must not be saved as the model's code."""
+    model = FAMILIES["vit"].build(1)
+    cls = type(model)
+    model.__class__ = type(f"FSDP{cls.__name__}", (cls,), {"__module__": "torch.distributed.fsdp"})
+    model.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config.auto_map == cls.auto_map
+    assert config.architectures == [cls.__name__]
+    assert (tmp_path / "modeling_rev_vit.py").exists()
+
+
+def runtime_files():
+    return sorted(file for file in PACKAGE.glob("*.py") if file.name not in ("__init__.py", "version.py"))
+
+
+@pytest.mark.parametrize("file", runtime_files(), ids=lambda file: file.name)
+def test_runtime_files_travel(file):
+    """Only `from .sibling import name`: anything else breaks when transformers copies the file next to a checkpoint."""
+    siblings = {f.stem for f in runtime_files()}
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            assert node.level == 1 and node.module in siblings, ast.unparse(node)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+            for name in names:
+                top = name.split(".")[0]
+                assert top in {"torch", "transformers"} or top in sys.stdlib_module_names, name
+
+
+@pytest.mark.parametrize("name", ["coupling", "engine", "lanes", "replay"])
+def test_the_engine_knows_nothing_of_transformers(name):
+    assert "transformers" not in {
+        alias.split(".")[0]
+        for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text()))
+        for alias in ([node.module or ""] if isinstance(node, ast.ImportFrom) else
+                      [a.name for a in node.names] if isinstance(node, ast.Import) else [])
+    }
