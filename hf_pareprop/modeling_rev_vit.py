@@ -42,7 +42,9 @@ class RevViTPatchEmbeddings(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         channels = pixel_values.shape[1]
         if channels != self.projection.in_channels:
-            raise ValueError(f"the images have {channels} channels, the model was built for {self.projection.in_channels}.")
+            raise ValueError(
+                f"the images have {channels} channels, the model was built for {self.projection.in_channels}."
+            )
         return self.projection(pixel_values).flatten(2).transpose(1, 2)
 
 
@@ -346,7 +348,10 @@ class RevViTForMaskedImageModeling(RevViTPreTrainedModel):
             error = nn.functional.l1_loss(pixel_values, reconstruction, reduction="none")
             loss = (error * mask).sum() / (mask.sum() + 1e-5) / config.num_channels
         return MaskedImageModelingOutput(
-            loss=loss, reconstruction=reconstruction, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+            loss=loss,
+            reconstruction=reconstruction,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
 
 

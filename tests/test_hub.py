@@ -123,7 +123,13 @@ def test_push_to_hub_and_back(tmp_path, env):
         result = subprocess.run(command, capture_output=True, text=True, env=env)
         assert result.returncode == 0, result.stderr[-2000:]
         files = hub.repositories[f"{USER}/small"].files
-        assert {"config.json", "model.safetensors", "modeling_rev_roberta.py", "engine.py", "README.md"} <= files.keys()
+        assert {
+            "config.json",
+            "model.safetensors",
+            "modeling_rev_roberta.py",
+            "engine.py",
+            "README.md",
+        } <= files.keys()
         assert b"hf_pareprop" in files["README.md"]
         stranger(
             env,
@@ -173,6 +179,11 @@ def test_the_engine_knows_nothing_of_transformers(name):
     assert "transformers" not in {
         alias.split(".")[0]
         for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text()))
-        for alias in ([node.module or ""] if isinstance(node, ast.ImportFrom) else
-                      [a.name for a in node.names] if isinstance(node, ast.Import) else [])
+        for alias in (
+            [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else [a.name for a in node.names]
+            if isinstance(node, ast.Import)
+            else []
+        )
     }

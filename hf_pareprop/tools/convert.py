@@ -97,7 +97,9 @@ def to_stock(model: ReversiblePreTrainedModel) -> PreTrainedModel:
     return _with_weights_of(model, cls, config)
 
 
-def reversible_config(config: PreTrainedConfig, cls: type[ReversibleConfig], fields: dict[str, Any]) -> ReversibleConfig:
+def reversible_config(
+    config: PreTrainedConfig, cls: type[ReversibleConfig], fields: dict[str, Any]
+) -> ReversibleConfig:
     """The configuration of the reversible twin of a stock model.
 
     Raises:

@@ -82,7 +82,9 @@ def verify(model: ReversiblePreTrainedModel, batch: Mapping[str, Any]) -> Report
     engine = model.config.backward_engine
     get_engine(engine)
     if engine == "autograd":
-        raise ValueError("backward_engine='autograd' rebuilds nothing: choose the engine to verify, such as 'pareprop'.")
+        raise ValueError(
+            "backward_engine='autograd' rebuilds nothing: choose the engine to verify, such as 'pareprop'."
+        )
     report = Report()
     base = model.base_model
     new_tape = base.new_tape

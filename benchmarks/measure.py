@@ -1,0 +1,179 @@
+"""Time and peak memory of a step on the CPU or on CUDA, in child processes that report to their parent.
+
+A process of its own gives every case the same start: no memory that another case left behind, and an error, or the
+kernel killing it for want of memory, ends that case alone.
+"""
+
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Step = Callable[[], None]
+
+OUT_OF_MEMORY = "out of memory"
+"""The error of a case that needs more memory than there is: a finding, where every other error is a failure."""
+
+EVENT = "benchmark-event "
+
+# glibc keeps freed blocks for later; a resident set then says little about what is in use.
+RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+
+STATUS = Path("/proc/self/status")
+
+
+def run_child(
+    script: Path, job: Mapping[str, Any], environment: Mapping[str, str] | None = None
+) -> tuple[list[dict[str, Any]], str | None]:
+    """Run ``script --child JOB`` and return the events that it emitted, and its error if it did not end well."""
+    process = subprocess.run(
+        [sys.executable, str(script), "--child", json.dumps(job)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **(environment or {})},
+    )
+    lines = process.stdout.splitlines()
+    events = [json.loads(line.removeprefix(EVENT)) for line in lines if line.startswith(EVENT)]
+    if any(event.get("error", OUT_OF_MEMORY) != OUT_OF_MEMORY for event in events) or process.returncode > 0:
+        sys.stderr.write(process.stderr)
+    return events, _how_it_ended(process.returncode, process.stderr)
+
+
+def _how_it_ended(returncode: int, stderr: str) -> str | None:
+    if returncode == 0:
+        return None
+    if returncode == -signal.SIGKILL:  # what the kernel does to the process that takes the last memory
+        return OUT_OF_MEMORY
+    if returncode < 0:
+        return f"ended by {signal.Signals(-returncode).name}"
+    return (stderr.strip().splitlines() or [f"exit status {returncode}"])[-1]
+
+
+def emit(**event: Any) -> None:
+    """Report an event to the parent, from a child; at once, so that it outlives the child."""
+    print(EVENT + json.dumps(event), flush=True)
+
+
+def error_of(error: Exception) -> str:
+    """``error`` in one line; its traceback goes to stderr."""
+    texts = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in texts):
+        return OUT_OF_MEMORY
+    traceback.print_exception(error)
+    return traceback.format_exception_only(error)[-1].strip().splitlines()[-1]
+
+
+def be_killed_first() -> None:
+    """Have the kernel, when memory runs out, kill this process rather than its parent or a stranger."""
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def peak_memory(step: Step, device: torch.device) -> dict[str, int]:
+    """What ``step`` needs at its peak on top of what is allocated before it, in bytes.
+
+    To be called after a warm-up step, so that gradients, workspaces and thread stacks are not counted. On CUDA
+    ``peak_bytes`` counts tensors; ``reserved_bytes`` is what the caching allocator took from the device for them.
+    """
+    gc.collect()
+    return _peak_on_cuda(step, device) if device.type == "cuda" else _peak_on_cpu(step)
+
+
+def _peak_on_cuda(step: Step, device: torch.device) -> dict[str, int]:
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+    step()
+    torch.cuda.synchronize(device)
+    return {
+        "peak_bytes": torch.cuda.max_memory_allocated(device) - allocated,
+        "reserved_bytes": torch.cuda.max_memory_reserved(device) - reserved,
+    }
+
+
+def _peak_on_cpu(step: Step) -> dict[str, int]:
+    with suppress(OSError):  # not permitted everywhere
+        Path("/proc/self/clear_refs").write_text("5")
+    resident, before = _status_bytes("VmRSS"), _status_bytes("VmHWM")
+    step()
+    after = _status_bytes("VmHWM")
+    # A mark that could not be reset and did not move tells of some earlier moment, not of the step.
+    if after == before and before - resident > 2**20:
+        raise RuntimeError(
+            "the step stayed below the memory peak of building the model, which this kernel does not let us reset: "
+            "use a larger --batch-size or --length"
+        )
+    return {"peak_bytes": after - resident}
+
+
+def _status_bytes(name: str) -> int:
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def milliseconds(step: Step, device: torch.device) -> float:
+    """How long ``step`` takes, until its last kernel has ended."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        step()
+        return (time.perf_counter() - start) * 1e3
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(device)
+    begin.record()
+    step()
+    end.record()
+    torch.cuda.synchronize(device)
+    return begin.elapsed_time(end)
+
+
+def time_interleaved(
+    prepare: Mapping[str, Callable[[], Step]], rounds: int, warm_ups: int, device: torch.device
+) -> None:
+    """Time several methods in rounds, one step of each per round, and emit every sample as ``method`` and ``ms``.
+
+    What slows a machine down for a while then slows all methods. The order rotates, so that no method always follows
+    the same one. A method that raises is emitted with its ``error`` and left out from then on.
+
+    Args:
+        prepare: for each method, what makes everything ready (untimed) and returns the step to time.
+        rounds: how many samples of each method.
+        warm_ups: how many rounds come before, and are not reported.
+    """
+    methods = list(prepare)
+    lost: set[str] = set()
+    for round_ in range(-warm_ups, rounds):
+        first = round_ % len(methods)
+        for method in methods[first:] + methods[:first]:
+            if method in lost:
+                continue
+            event = _sample(prepare[method], device)
+            if "error" in event:
+                lost.add(method)
+                _release(device)
+            if "error" in event or round_ >= 0:
+                emit(method=method, **event)
+
+
+def _sample(prepare: Callable[[], Step], device: torch.device) -> dict[str, Any]:
+    try:
+        return {"ms": milliseconds(prepare(), device)}
+    except Exception as error:
+        return {"error": error_of(error)}
+
+
+def _release(device: torch.device) -> None:
+    """Give back what a step left behind that raised."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

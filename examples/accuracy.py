@@ -1,0 +1,20 @@
+"""Accuracy as a local metric script: `evaluate.load(path_of_this_file)` needs no hub."""
+
+import datasets
+import evaluate
+from sklearn.metrics import accuracy_score
+
+
+class Accuracy(evaluate.Metric):
+    """The share of predictions that equal their references."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=self.__doc__,
+            citation="",
+            inputs_description="predictions and references: lists of class indices of the same length",
+            features=datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}),
+        )
+
+    def _compute(self, predictions, references) -> dict[str, float]:
+        return {"accuracy": float(accuracy_score(references, predictions))}

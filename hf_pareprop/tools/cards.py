@@ -1,0 +1,80 @@
+"""Model cards: what a reversible checkpoint is, how it was trained, how to load it."""
+
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import TrainingArguments
+
+from ..hub import ReversiblePreTrainedModel
+from ..version import __version__
+
+TEMPLATE = Path(__file__).with_name("card_template.md")
+
+_PIPELINES = {
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForImageClassification": "image-classification",
+}
+
+
+def model_card(
+    model: ReversiblePreTrainedModel,
+    *,
+    model_name: str,
+    base_model: str,
+    dataset: str = "none yet",
+    training: str = "none yet",
+    accuracy: float | None = None,
+) -> ModelCard:
+    """The card of a reversible model.
+
+    Args:
+        model_name: directory or Hub id to load it from.
+        base_model: the checkpoint that was converted, or `trained from scratch`.
+        accuracy: between 0 and 1.
+    """
+    name, config = type(model).__name__, model.config
+    auto_class = next((auto for auto, cls in model.auto_map.items() if cls.endswith("." + name)), "AutoModel")
+    data = ModelCardData(
+        library_name="transformers",
+        tags=list(model.model_tags or []),
+        pipeline_tag=_PIPELINES.get(auto_class),
+    )
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        model_name=model_name,
+        architecture=name.removeprefix("Rev"),
+        auto_class=auto_class,
+        package_version=__version__,
+        base_model=base_model,
+        beta=config.beta,
+        num_hidden_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        grid_bits=config.grid_bits,
+        anchor_every=config.anchor_every or "as the bit budget asks",
+        dataset=dataset,
+        training=training,
+        accuracy="not measured" if accuracy is None else f"{100 * accuracy:.1f} % on the test split",
+    )
+
+
+def training_card(
+    model: ReversiblePreTrainedModel, *, training: TrainingArguments, dataset: str, base_model: str, accuracy: float
+) -> ModelCard:
+    """The card of a model that `Trainer` has trained with `training`."""
+    length = f"{training.max_steps} steps" if training.max_steps > 0 else f"{training.num_train_epochs:g} epochs"
+    description = (
+        f"{length}, batch size {training.per_device_train_batch_size}, learning rate {training.learning_rate:g}, seed "
+        f"{training.seed}, engine {model.config.backward_engine}"
+    )
+    return model_card(
+        model,
+        model_name=Path(training.output_dir).name,
+        base_model=base_model,
+        dataset=dataset,
+        training=description,
+        accuracy=accuracy,
+    )
