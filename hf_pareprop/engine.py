@@ -63,7 +63,7 @@ class Record:
         state = read(current, self.dtype).detach().requires_grad_(wants_gradient)
         inputs = tuple(t.detach().requires_grad_(t.requires_grad) for t in self.inputs)
         parameters = tuple(named_parameters_of(self.module).values())
-        work = partial(self._phi, self.steps[index], state, inputs)
+        work: Callable[[], Tensor] = partial(self._phi, self.steps[index], state, inputs)
         if any(p._backward_hooks for p in parameters):
             parameters, work = _aliased(self.module, work)
         with torch.enable_grad():
@@ -111,10 +111,12 @@ class Tape:
         plans: the coupling of every layer, from :func:`coupling.plan_layers`.
     """
 
+    dtype: torch.dtype
+    """The compute dtype: that of the embeddings."""
+
     def __init__(self, engine: "Engine", plans: Sequence[LayerPlan]):
         self.engine = engine
         self.plans = plans
-        self.dtype: torch.dtype | None = None
         self.records: dict[int, Record] = {}
         self.pairs: dict[int, Pair] = {}
         self.ahead: dict[int, Any] = {}
@@ -302,7 +304,7 @@ class _RebuiltLayer(torch.autograd.Function):
         record = tape.records[index]
         beta = record.plan.beta
         wants_state = any(ctx.needs_input_grad[2:4])
-        ctx.saved_tensors  # raises if a parameter was modified, or if the graph was freed
+        _ = ctx.saved_tensors  # raises if a parameter was modified, or if the graph was freed
         totals: list[Tensor | None] = [None] * (len(record.inputs) + len(record.parameters))
 
         lane = tape.engine.lane(grad_current.device)

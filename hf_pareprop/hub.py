@@ -2,7 +2,6 @@
 
 import shutil
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import logging
 
+from .coupling import LayerPlan
 from .engine import Tape, get_engine
 
 logger = logging.get_logger(__name__)
@@ -35,6 +35,8 @@ class ReversiblePreTrainedModel(PreTrainedModel):
 
     A family defines `auto_map`, and its encoder drives its layers with the tape of :meth:`new_tape`.
     """
+
+    layer_plans: tuple[LayerPlan, ...]
 
     auto_map: ClassVar[dict[str, str]] = {}
     """From each Auto class to the family's class for it, as `module.Class`; written into every checkpoint."""
@@ -65,7 +67,7 @@ class ReversiblePreTrainedModel(PreTrainedModel):
         get_engine(name)
         self.config.backward_engine = name
 
-    def new_tape(self, layers: Sequence[nn.Module], attention_mask: Tensor | None, **kwargs) -> Tape:
+    def new_tape(self, layers: nn.ModuleList, attention_mask: Any, **kwargs: Any) -> Tape:
         """The tape of one forward pass.
 
         What only stored activations can give falls back to the `autograd` engine, with the same numbers: hidden states
@@ -84,17 +86,17 @@ class ReversiblePreTrainedModel(PreTrainedModel):
             engine = "autograd"
         return Tape(get_engine(engine), self.layer_plans)
 
-    def save_pretrained(self, save_directory, *args, is_main_process: bool = True, **kwargs) -> None:
+    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:
         """As in transformers; the code of the model goes along, so that it loads with `trust_remote_code=True`."""
         self.config.auto_map = dict(self.auto_map)
         if is_main_process:
             self._save_code(Path(save_directory))
-        super().save_pretrained(save_directory, *args, is_main_process=is_main_process, **kwargs)
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
 
     def _save_code(self, folder: Path) -> None:
         # Not left to transformers, which would copy the file of the class that FSDP2 derives from ours.
         family = next(cls for cls in type(self).__mro__ if "auto_map" in cls.__dict__)
-        source = sys.modules[family.__module__].__file__
+        source = str(sys.modules[family.__module__].__file__)
         folder.mkdir(parents=True, exist_ok=True)
         for file in dict.fromkeys([source, *get_relative_import_files(source)]):
             shutil.copyfile(file, folder / Path(file).name)

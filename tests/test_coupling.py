@@ -106,7 +106,7 @@ def test_conventional_layers_split_segments():
     plans = plan_layers([0.5, 0.5, 0, 1, 1], 5)
     assert [p.opens for p in plans] == [True, False, False, True, False]
     assert [p.closes for p in plans] == [False, True, False, False, True]
-    assert [p.state_dtype for p in plans] == [torch.float64] * 2 + [None] + [torch.float32] * 2
+    assert [p.state_dtype for p in plans] == [torch.float64] * 2 + [torch.float32] * 3
 
 
 def test_a_finer_grid_takes_wider_states():

@@ -139,7 +139,7 @@ def test_an_exception_in_the_middle_of_a_backward(family, engine):
     def fail(parameter):
         raise Trouble
 
-    name, parameter = next((n, p) for n, p in model.named_parameters() if ".layer.2." in n and p.dim() == 2)
+    parameter = next(p for n, p in model.named_parameters() if ".layer.2." in n and p.dim() == 2)
     handle = parameter.register_post_accumulate_grad_hook(fail)
     (loss,) = losses_in(model, engine, batch)
     state = torch.get_rng_state()
@@ -177,7 +177,8 @@ def test_eval_and_no_grad_between_forward_and_backward(family, engine):
     model.eval()
     with torch.no_grad():
         model(**batch)
-    model(**batch).loss  # a graph that is never walked
+    never_walked = model(**batch).loss
+    assert never_walked.requires_grad
     model.train()
     loss.backward()
     assert_same(reference, gradients(model))

@@ -72,7 +72,7 @@ def training_card(
     )
     return model_card(
         model,
-        model_name=Path(training.output_dir).name,
+        model_name=Path(str(training.output_dir)).name,
         base_model=base_model,
         dataset=dataset,
         training=description,

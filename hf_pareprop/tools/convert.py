@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Container, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -20,6 +20,8 @@ from ..modeling_rev_roberta import (
     RevRobertaModel,
 )
 from ..modeling_rev_vit import RevViTForImageClassification, RevViTForMaskedImageModeling, RevViTModel
+
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 REVERSIBLE: dict[str, type[ReversiblePreTrainedModel]] = {
     cls.__name__.removeprefix("Rev"): cls
@@ -73,7 +75,7 @@ def to_reversible(
         name = (config.architectures or [""])[0]
         return _twin_of(name).from_pretrained(model, **fields)
     cls = _twin_of(type(model).__name__)
-    config = reversible_config(model.config, cls.config_class, fields)
+    config = reversible_config(model.config, cls, fields)
     return _with_weights_of(model, cls, config)
 
 
@@ -98,18 +100,19 @@ def to_stock(model: ReversiblePreTrainedModel) -> PreTrainedModel:
 
 
 def reversible_config(
-    config: PreTrainedConfig, cls: type[ReversibleConfig], fields: dict[str, Any]
+    config: PreTrainedConfig, cls: type[ReversiblePreTrainedModel], fields: dict[str, Any]
 ) -> ReversibleConfig:
-    """The configuration of the reversible twin of a stock model.
+    """The configuration of the reversible twin ``cls`` of a stock model.
 
     Raises:
         TypeError: ``fields`` has one that the configuration does not know.
     """
-    known = cls().to_dict()
+    config_class: Any = cls.config_class
+    known = config_class().to_dict()
     for name in fields:
         if name not in known:
-            raise TypeError(f"{cls.__name__} has no field {name!r}.")
-    result = cls(**{**cls.from_stock_dict(config.to_dict()), "architectures": None, **fields})
+            raise TypeError(f"{config_class.__name__} has no field {name!r}.")
+    result = config_class(**{**config_class.from_stock_dict(config.to_dict()), "architectures": None, **fields})
     result._attn_implementation = config._attn_implementation
     return result
 
@@ -120,7 +123,7 @@ def _twin_of(name: str) -> type[ReversiblePreTrainedModel]:
     return REVERSIBLE[name]
 
 
-def _with_weights_of(source: PreTrainedModel, cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+def _with_weights_of(source: PreTrainedModel, cls: type[Model], config: PreTrainedConfig) -> Model:
     """A ``cls`` with copies of the tensors of ``source``, one of the two being stock and the other reversible."""
     devices = [source.device.index] if source.device.type == "cuda" else []
     with torch.random.fork_rng(devices):  # the weights drawn here are overwritten: leave no trace in the user's stream

@@ -86,7 +86,7 @@ def verify(model: ReversiblePreTrainedModel, batch: Mapping[str, Any]) -> Report
             "backward_engine='autograd' rebuilds nothing: choose the engine to verify, such as 'pareprop'."
         )
     report = Report()
-    base = model.base_model
+    base: Any = model.base_model
     new_tape = base.new_tape
     base.new_tape = lambda *args, **kwargs: _CheckingTape(report, new_tape(*args, **kwargs))
     try:

