@@ -65,12 +65,12 @@ def emit(**event: Any) -> None:
 
 
 def error_of(error: Exception) -> str:
-    """``error`` in one line; its traceback goes to stderr."""
+    """``error`` in one line, the first of its message, as CUDA's go on with advice; its traceback goes to stderr."""
     texts = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in texts):
         return OUT_OF_MEMORY
     traceback.print_exception(error)
-    return traceback.format_exception_only(error)[-1].strip().splitlines()[-1]
+    return traceback.format_exception_only(error)[-1].splitlines()[0]
 
 
 def be_killed_first() -> None:

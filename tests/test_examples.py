@@ -1,0 +1,64 @@
+"""The examples and the benchmark as a user runs them, cut short."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*command, code=0):
+    result = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == code, result.stdout[-2000:] + result.stderr[-2000:]
+    return result
+
+
+@pytest.mark.slow
+def test_image_example_compares(tmp_path):
+    result = run("examples/finetune_image.py", "--compare", "--max_steps", 6, "--output_dir", tmp_path)
+    found = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert [row["method"] for row in found] == ["plain", "checkpointing", "reprop", "pareprop"]
+    by_method = {row["method"]: row for row in found}
+    assert by_method["reprop"]["accuracy"] == by_method["pareprop"]["accuracy"]
+    assert by_method["plain"]["accuracy"] == by_method["checkpointing"]["accuracy"]
+    assert all(row["method"] in result.stdout for row in found)
+    card = (tmp_path / "pareprop-42" / "README.md").read_text()
+    assert "AutoModelForImageClassification" in card and "trained from scratch" in card
+
+
+@pytest.mark.slow
+def test_image_example_learns(tmp_path):
+    """Four of its twenty epochs are enough to be far from chance."""
+    run("examples/finetune_image.py", "--num_train_epochs", 4, "--output_dir", tmp_path)
+    (row,) = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert row["accuracy"] > 0.5
+
+
+@pytest.mark.slow
+def test_text_example(tmp_path):
+    result = run("examples/finetune_text.py", "--max_steps", 2, "--output_dir", tmp_path, "--max_length", 16)
+    assert "AutoModelForSequenceClassification.from_pretrained" in result.stdout
+    assert json.loads((tmp_path / "config.json").read_text())["beta"] == 0.5
+
+
+@pytest.mark.slow
+def test_text_example_on_files(tmp_path):
+    """A stock checkpoint and data of one's own."""
+    import assets
+
+    rows = "".join(f'{{"body": "number {i}", "answer": {i % 2}}}\n' for i in range(8))
+    (tmp_path / "rows.json").write_text(rows)
+    data = ["--train_file", tmp_path / "rows.json", "--test_file", tmp_path / "rows.json"]
+    common = ["--model_name_or_path", assets.english_encoder(), "--max_steps", 1, "--output_dir", tmp_path / "out"]
+    columns = ["--text_column", "body", "--label_column", "answer"]
+    run("examples/finetune_text.py", *data, *common, *columns)
+    failed = run("examples/finetune_text.py", *data, *common, code=1)
+    assert "no column 'text'; it has body, answer" in failed.stderr
+
+
+def test_bad_arguments():
+    assert "--seeds 0: at least one run" in run("examples/finetune_image.py", "--seeds", 0, code=1).stderr
+    assert "invalid choice: 'fast'" in run("examples/finetune_image.py", "--method", "fast", code=2).stderr
