@@ -126,6 +126,7 @@ class Tape:
         self.dtype = embeddings.dtype
         return embeddings, embeddings
 
+    @torch.compiler.disable  # a compiled forward and an eager recomputation would differ in bits
     def layer(
         self,
         index: int,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import cast
+from families import assert_same, cast, gradients, step
 
 import hf_pareprop as hp
 
@@ -63,3 +63,25 @@ def test_a_24_layer_model_at_a_quarter_is_anchored(family):
 def test_an_overrunning_configuration_is_refused(family):
     with pytest.raises(ValueError, match="need 72 bits of state"):
         family.build(24, beta=0.25, anchor_every=24)
+
+
+def test_a_compiled_model_runs_its_layers_as_they_are_rebuilt(family):
+    """Compiled kernels in the forward and eager ones in the recomputation would differ in bits: layers stay eager."""
+    model, batch = family.build(3, 0.1, beta=0.5), family.batch()
+    reference = step(model, batch, "autograd")
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph.print_readable(print_output=False))
+        return graph
+
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend=backend)
+    model.set_backward_engine("pareprop")
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(7)
+    loss = compiled(**batch).loss
+    loss.backward()
+    assert graphs and not any("scaled_dot_product_attention" in graph for graph in graphs)
+    assert torch.equal(loss, reference[0])
+    assert_same(reference[1], gradients(model))
