@@ -131,7 +131,6 @@ def train(
 
 def main(script: str, run: RunArguments, arguments: TrainingArguments, once: Callable[[], dict]) -> None:
     """Run what was asked for and print the table: one method and seed here, several in a process each."""
-    transformers.logging.set_verbosity_error()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     output = Path(arguments.output_dir)
     if not run.compare and run.seeds == 1:
@@ -153,7 +152,7 @@ def main(script: str, run: RunArguments, arguments: TrainingArguments, once: Cal
 
 def _child(script: str, method: str, seed: int, output: Path) -> dict:
     """One run in a process of its own, so that its peak memory is its own."""
-    given = [a for a in sys.argv[1:] if a != "--compare"]
+    given = [*sys.argv[1:], "--compare", "False"]  # the last one counts
     once = ["--seeds", "1", "--method", method, "--seed", str(seed), "--output_dir", str(output)]
     result = subprocess.run([sys.executable, script, *given, *once], stdout=subprocess.DEVNULL)
     if result.returncode:

@@ -76,7 +76,7 @@ def read_data(arguments: ImageArguments, channels: int, size: int) -> DatasetDic
         array = np.asarray(image, dtype=np.float32).reshape(size, size, channels).transpose(2, 0, 1)
         return {"pixel_values": array / 127.5 - 1, "label": row[arguments.label_column]}
 
-    return data.map(pixels, remove_columns=data["train"].column_names)
+    return data.map(pixels, remove_columns=data["train"].column_names).class_encode_column("label")
 
 
 def shift_randomly(rows: dict) -> dict:

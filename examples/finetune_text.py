@@ -29,7 +29,7 @@ class TextArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "directory or Hub id of a RoBERTa checkpoint; default: an English encoder"}
     )
-    beta: float = field(default=0.5, metadata={"help": "coupling: 1, 0.5, 0.25, ...; 0 is the stock network"})
+    beta: float = field(default=0.125, metadata={"help": "coupling: 1, 0.5, 0.25, ...; 0 is the stock network"})
     dataset_name: str | None = field(
         default=None, metadata={"help": "data set for load_dataset; default: Rotten Tomatoes sentences"}
     )
@@ -80,7 +80,8 @@ def read_data(arguments: TextArguments) -> DatasetDict:
                     "columns with --text_column and --label_column."
                 )
     data = data.select_columns([arguments.text_column, arguments.label_column])
-    return data.rename_columns({arguments.text_column: "text", arguments.label_column: "label"})
+    data = data.rename_columns({arguments.text_column: "text", arguments.label_column: "label"})
+    return data.class_encode_column("label")  # labels may be words, or numbers that do not start at 0
 
 
 def once(text: TextArguments, run: RunArguments, training: TrainingArguments) -> dict:

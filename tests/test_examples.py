@@ -41,7 +41,7 @@ def test_image_example_learns(tmp_path):
 def test_text_example(tmp_path):
     result = run("examples/finetune_text.py", "--max_steps", 2, "--output_dir", tmp_path, "--max_length", 16)
     assert "AutoModelForSequenceClassification.from_pretrained" in result.stdout
-    assert json.loads((tmp_path / "config.json").read_text())["beta"] == 0.5
+    assert json.loads((tmp_path / "config.json").read_text())["beta"] == 0.125
 
 
 @pytest.mark.slow
@@ -49,7 +49,7 @@ def test_text_example_on_files(tmp_path):
     """A stock checkpoint and data of one's own."""
     import assets
 
-    rows = "".join(f'{{"body": "number {i}", "answer": {i % 2}}}\n' for i in range(8))
+    rows = "".join(f'{{"body": "number {i}", "answer": "{"yes" if i % 2 else "no"}"}}\n' for i in range(8))
     (tmp_path / "rows.json").write_text(rows)
     data = ["--train_file", tmp_path / "rows.json", "--test_file", tmp_path / "rows.json"]
     common = ["--model_name_or_path", assets.english_encoder(), "--max_steps", 1, "--output_dir", tmp_path / "out"]
@@ -62,3 +62,21 @@ def test_text_example_on_files(tmp_path):
 def test_bad_arguments():
     assert "--seeds 0: at least one run" in run("examples/finetune_image.py", "--seeds", 0, code=1).stderr
     assert "invalid choice: 'fast'" in run("examples/finetune_image.py", "--method", "fast", code=2).stderr
+
+
+@pytest.mark.slow
+def test_engine_benchmark(tmp_path):
+    sizes = ["--width", 32, "--heads", 2, "--batch-size", 2, "--length", 16, "--repeats", 1]
+    result = run(
+        "benchmarks/engines.py", "--families", "vit", "--depths", 1, 2, *sizes, "--out", tmp_path, "--name", "x"
+    )
+    found = json.loads((tmp_path / "x.json").read_text())
+    assert len(found["results"]) == 2 * 5
+    assert all(row["ms"] for row in found["results"])
+    assert (tmp_path / "x.png").stat().st_size > 10_000
+    assert "pareprop" in result.stdout
+
+
+def test_engine_benchmark_refuses_bad_arguments():
+    assert "xfamily" in run("benchmarks/engines.py", "--families", "xfamily", code=2).stderr
+    assert "heads" in run("benchmarks/engines.py", "--width", 33, "--heads", 2, code=2).stderr
