@@ -82,6 +82,23 @@ def _status(name: str) -> int:
     raise KeyError(name)
 
 
+def check_columns(data: DatasetDict, kind: str, *columns: str) -> None:
+    """Whether `data` has the splits `train` and `test`, with the columns that `--{kind}_column` and `--label_column` name.
+
+    Raises:
+        ValueError: a split or a column is missing.
+    """
+    for split in ("train", "test"):
+        if split not in data:
+            raise ValueError(f"the data set has no split {split!r}; it has {', '.join(data)}.")
+        for column in columns:
+            if column not in data[split].column_names:
+                raise ValueError(
+                    f"the data set has no column {column!r}; it has {', '.join(data[split].column_names)}. Name its "
+                    f"columns with --{kind}_column and --label_column."
+                )
+
+
 def train(
     build: Callable[[str], PreTrainedModel],
     data: DatasetDict,

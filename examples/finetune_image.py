@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from assets import digits
-from common import STOCK, RunArguments, main, train
+from common import STOCK, RunArguments, check_columns, main, train
 from datasets import DatasetDict, load_dataset
 from transformers import HfArgumentParser, TrainingArguments, ViTConfig, ViTForImageClassification
 
@@ -61,15 +61,7 @@ def read_data(arguments: ImageArguments, channels: int, size: int) -> DatasetDic
         ValueError: a split or a column is missing.
     """
     data = load_dataset(arguments.dataset_name)
-    for split in ("train", "test"):
-        if split not in data:
-            raise ValueError(f"the data set has no split {split!r}; it has {', '.join(data)}.")
-        for column in (arguments.image_column, arguments.label_column):
-            if column not in data[split].column_names:
-                raise ValueError(
-                    f"the data set has no column {column!r}; it has {', '.join(data[split].column_names)}. Name its "
-                    "columns with --image_column and --label_column."
-                )
+    check_columns(data, "image", arguments.image_column, arguments.label_column)
 
     def pixels(row: dict) -> dict:
         image = row[arguments.image_column].convert("L" if channels == 1 else "RGB").resize((size, size))

@@ -9,7 +9,7 @@ Any stock RoBERTa checkpoint and any data set with a text and a label column can
 from dataclasses import dataclass, field
 
 from assets import english_encoder, rotten_tomatoes
-from common import STOCK, RunArguments, main, train
+from common import STOCK, RunArguments, check_columns, main, train
 from datasets import DatasetDict, load_dataset
 from transformers import (
     AutoTokenizer,
@@ -70,15 +70,7 @@ def read_data(arguments: TextArguments) -> DatasetDict:
         data = load_dataset(arguments.dataset_name)
     else:
         return rotten_tomatoes()
-    for split in ("train", "test"):
-        if split not in data:
-            raise ValueError(f"the data set has no split {split!r}; it has {', '.join(data)}.")
-        for column in (arguments.text_column, arguments.label_column):
-            if column not in data[split].column_names:
-                raise ValueError(
-                    f"the data set has no column {column!r}; it has {', '.join(data[split].column_names)}. Name its "
-                    "columns with --text_column and --label_column."
-                )
+    check_columns(data, "text", arguments.text_column, arguments.label_column)
     data = data.select_columns([arguments.text_column, arguments.label_column])
     data = data.rename_columns({arguments.text_column: "text", arguments.label_column: "label"})
     return data.class_encode_column("label")  # labels may be words, or numbers that do not start at 0

