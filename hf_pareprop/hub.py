@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import logging
 
-from .coupling import LayerPlan
+from .coupling import LayerPlan, plan_layers
 from .engine import Tape, get_engine
 
 logger = logging.get_logger(__name__)
@@ -66,6 +67,17 @@ class ReversiblePreTrainedModel(PreTrainedModel):
         """
         get_engine(name)
         self.config.backward_engine = name
+
+    def set_beta(self, beta: float | Sequence[float]) -> None:
+        """Change the coupling, one number or one per layer, from the next forward pass on. The weights stay.
+
+        Raises:
+            ValueError: `beta` is out of range, or overruns the bit budget: see [`ReversibleConfig`].
+        """
+        config, base = self.config, self.base_model
+        plans = plan_layers(beta, config.num_hidden_layers, config.grid_bits, config.anchor_every)
+        config.beta = beta if isinstance(beta, (int, float)) else list(beta)
+        base.layer_plans = plans
 
     def new_tape(self, layers: nn.ModuleList, attention_mask: Any, **kwargs: Any) -> Tape:
         """The tape of one forward pass.

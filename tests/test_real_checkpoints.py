@@ -96,15 +96,15 @@ def empty_cache(monkeypatch, tmp_path):
 
 
 def test_a_wrong_hash_leaves_nothing(monkeypatch, empty_cache):
-    wheel = fetch.Wheel("sapiens==1.0.5", "0" * 64)
-    monkeypatch.setitem(fetch.WHEELS, "antibody-roberta", wheel)
+    wheel = fetch.Package("sapiens==1.0.5", "0" * 64)
+    monkeypatch.setitem(fetch.PACKAGES, "antibody-roberta", wheel)
     with pytest.raises(RuntimeError, match="has SHA-256 af1a8d.*, expected 0000"):
         fetch.fetch("antibody-roberta")
     assert not list(empty_cache.iterdir())
 
 
 def test_a_failed_download_leaves_nothing(monkeypatch, empty_cache):
-    monkeypatch.setitem(fetch.WHEELS, "antibody-roberta", fetch.Wheel("sapiens==0.0.0.404", "0" * 64))
+    monkeypatch.setitem(fetch.PACKAGES, "antibody-roberta", fetch.Package("sapiens==0.0.0.404", "0" * 64))
     with pytest.raises(RuntimeError, match="could not download sapiens==0.0.0.404"):
         fetch.fetch("antibody-roberta")
     assert not list(empty_cache.iterdir())

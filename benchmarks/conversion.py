@@ -1,0 +1,158 @@
+"""What conversion costs in accuracy: before training, after fine-tuning, and on the way back to a stock model.
+
+    python benchmarks/conversion.py [--parts before main return ...] [--seeds 3] [--jobs 2]
+
+Every case is a process of its own on one thread. Results are written after each case, and cases that the JSON file
+already holds are not run again; what was interrupted goes on. Without arguments: two hours on two cores.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from conversion_report import plot, table
+from measure import EVENT, emit
+from report import cpu_model, save, software
+
+Job = dict[str, Any]
+
+BETAS = (1.0, 0.5, 0.25, 0.125)
+TEXT = ("rotten-tomatoes", "reuters-r8", "20-newsgroups")
+ADAPTATION_STEPS = 200
+ANNEAL = ((0.5, 1 / 4), (0.6, 1 / 8), (0.7, 1 / 16), (0.8, 1 / 32), (0.9, 0.0))
+GROW = ((0.0, 1 / 16), (0.1, 1 / 8), (0.2, 1 / 4), (0.3, 1.0))
+
+
+def before() -> Iterator[Job]:
+    """Fidelity before training."""
+    for model in ("english-encoder", "antibody-roberta", "fashion-vit"):
+        for beta in (*BETAS, 1 / 16):
+            yield {"model": model, "beta": beta}
+            if model == "english-encoder":
+                yield {"model": model, "beta": beta, "granularity": "layer"}
+                yield {"model": model, "beta": beta, "predictor": True}
+    for kept in (1, 2, 3):
+        yield {"model": "english-encoder", "beta": [0.0] * kept + [0.5] * (6 - kept)}
+        yield {"model": "english-encoder", "beta": [0.5] * (6 - kept) + [0.0] * kept}
+
+
+def main_part(seed: int) -> Iterator[Job]:
+    """Fine-tuning the converted encoder, against the stock one."""
+    for beta in (None, 1 / 8, 1 / 4, 1 / 2, 1.0):
+        for task in TEXT:
+            yield {"task": task, "seed": seed, "beta": beta}
+
+
+def image(seed: int) -> Iterator[Job]:
+    for beta in (None, 1 / 8, 1 / 4, 1 / 2, 1.0):
+        yield {"task": "fashion-mnist", "seed": seed, "beta": beta}
+
+
+def way_back(seed: int) -> Iterator[Job]:
+    """Annealing beta over the second half of the training."""
+    for beta in (1 / 8, 1 / 2):
+        for task in TEXT:
+            yield {"task": task, "seed": seed, "beta": beta, "schedule": [s for s in ANNEAL if s[1] < beta]}
+
+
+def adapted(seed: int) -> Iterator[Job]:
+    """Self-distillation before fine-tuning."""
+    for task in TEXT:
+        yield {"task": task, "seed": seed, "beta": 0.5, "adapted": ADAPTATION_STEPS}
+
+
+def variants(seed: int) -> Iterator[Job]:
+    """Growing beta, layers instead of sub-blocks, and the last two layers conventional; on one task."""
+    task = "rotten-tomatoes"
+    yield {"task": task, "seed": seed, "beta": 0.5, "schedule": GROW}
+    yield {"task": task, "seed": seed, "beta": [0.5] * 4 + [0.0] * 2}
+    for beta in (1 / 8, 1 / 2):
+        yield {"task": task, "seed": seed, "beta": beta, "granularity": "layer"}
+
+
+SEEDED = {"main": main_part, "return": way_back, "adapted": adapted, "image": image, "variants": variants}
+
+
+def jobs_of(parts: Sequence[str], seeds: Sequence[int]) -> Iterator[Job]:
+    """In an order in which whatever has been done so far is a smaller study."""
+    if "before" in parts:
+        yield from before()
+    for name, part in SEEDED.items():
+        if name in parts:
+            for seed in seeds:
+                yield from part(seed)
+    if "adapted" in parts:
+        yield {"model": "english-encoder", "beta": 0.5, "adapted": ADAPTATION_STEPS}
+
+
+def child(job: Job) -> None:
+    import torch
+    from conversion_cases import fidelity, finetune
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    began = time.perf_counter()
+    found = finetune(job) if "task" in job else fidelity(job)
+    emit(**found, seconds=round(time.perf_counter() - began, 1))
+
+
+def run(job: Job) -> Job:
+    """One case in a process of its own: the job with what it found."""
+    command = [sys.executable, "-W", "ignore", __file__, "--child", json.dumps(job)]
+    # One thread a case, so that cases do not disturb each other.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    process = subprocess.run(command, capture_output=True, text=True, env=environment)
+    events = [line for line in process.stdout.splitlines() if line.startswith(EVENT)]
+    if process.returncode or not events:
+        raise SystemExit(f"{job} failed:\n{process.stderr[-3000:]}")
+    return {**job, **json.loads(events[-1].removeprefix(EVENT))}
+
+
+def key(job: Job) -> str:
+    fields = ("model", "task", "seed", "beta", "granularity", "predictor", "schedule", "adapted")
+    return json.dumps([job.get(field) for field in fields])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=("before", *SEEDED), default=["before", *SEEDED])
+    parser.add_argument("--seeds", type=int, default=3, help="how many, counted up from 42")
+    parser.add_argument("--jobs", type=int, default=2, help="cases at a time, one thread each")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="directory of the results")
+    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    if args.child:
+        return child(args.child)
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "conversion.json"
+    results: list[Job] = json.loads(path.read_text())["results"] if path.exists() else []
+    done, lock = {key(result) for result in results}, Lock()
+    todo = [job for job in jobs_of(args.parts, range(42, 42 + args.seeds)) if key(job) not in done]
+    about = {"device": f"{cpu_model()}, one thread per case", **software()}
+
+    def work(job: Job) -> None:
+        result = run(job)
+        with lock:
+            results.append(result)
+            whole = json.dumps({**about, "results": results}, indent=1) + "\n"
+            save(path, lambda file: file.write_text(whole))
+            print(f"{len(results)} cases done, {len(todo)} were to do: {json.dumps(result)}", flush=True)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for _ in pool.map(work, todo):
+            pass
+    print(table(results))
+    save(args.out / "conversion.png", lambda file: plot(results).savefig(file, dpi=110, format="png"))
+
+
+if __name__ == "__main__":
+    main()

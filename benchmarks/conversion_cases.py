@@ -1,0 +1,325 @@
+"""The single measurements of the conversion study: a checkpoint converted, compared with the original, fine-tuned.
+
+Each runs in a process of its own, on one thread, in bf16 autocast; see ``conversion.py``.
+"""
+
+import sys
+import tempfile
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from datasets import DatasetDict
+from torch import Tensor, nn
+from transformers import AutoTokenizer, DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+import hf_pareprop as hp
+from hf_pareprop.engine import named_parameters_of
+from hf_pareprop.modeling_rev_roberta import apply_norm
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+import assets
+import fetch
+from adapt import adapt
+
+TASKS = ("rotten-tomatoes", "reuters-r8", "20-newsgroups", "fashion-mnist")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a fine-tuning may cost; the same for the stock model and the reversible ones."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    max_length: int = 0
+
+
+BUDGETS = {
+    "rotten-tomatoes": Budget(120, 32, 3e-4, 48),
+    "reuters-r8": Budget(80, 32, 3e-4, 48),
+    "20-newsgroups": Budget(90, 32, 3e-4, 48),
+    "fashion-mnist": Budget(150, 64, 3e-4),
+}
+PRETRAINING = Budget(938, 64, 1e-3)
+"""Of the stock ViT on Fashion-MNIST: one epoch."""
+
+QUARTERS = 4
+CURVE_ROWS = 400
+
+
+def finetune(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Fine-tune by the budget of the task and test.
+
+    Args:
+        job: ``task`` and ``seed``; ``beta``, ``None`` for the stock model, and with one: ``schedule``, pairs of a
+            fraction of the training and the cap from there on; ``granularity``; ``adapted``, steps of self-distillation.
+
+    Returns:
+        ``accuracy``; ``accuracy_as_stock``, of :func:`to_stock` of the result; ``curve``, after each quarter, on the
+        first 400 rows of the test split.
+    """
+    task, budget = job["task"], BUDGETS[job["task"]]
+    data, collator = data_of(task)
+    set_seed(job["seed"])
+    model = model_of(job, len(set(data["train"]["label"])))
+    curve = Curve(budget.steps, data["test"].select(range(CURVE_ROWS)))
+    schedule = [hp.BetaSchedule(dict(job["schedule"]))] if job.get("schedule") else []
+    trainer = trainer_of(model, data, collator, budget, job["seed"], [*schedule, curve])
+    curve.trainer = trainer
+    trainer.train()
+    result = {"accuracy": accuracy(trainer, data["test"]), "curve": curve.points, "accuracy_as_stock": None}
+    if job["beta"] is not None and job.get("granularity") != "layer":
+        trainer.model = trainer.model_wrapped = hp.to_stock(model)
+        result["accuracy_as_stock"] = accuracy(trainer, data["test"])
+    return result
+
+
+def model_of(job: Mapping[str, Any], num_labels: int) -> nn.Module:
+    checkpoint = fashion_vit() if job["task"] == "fashion-mnist" else assets.english_encoder()
+    if job.get("adapted"):
+        checkpoint = adapted_encoder(job["beta"], job["adapted"])
+    kind = "ViTForImageClassification" if job["task"] == "fashion-mnist" else "RobertaForSequenceClassification"
+    if job["beta"] is None:
+        return getattr(transformers, kind).from_pretrained(checkpoint, num_labels=num_labels)
+    model = getattr(hp, f"Rev{kind}").from_pretrained(
+        checkpoint, num_labels=num_labels, beta=job["beta"], backward_engine="autograd"
+    )
+    if job.get("granularity") == "layer":
+        couple_layers(model)
+    return model
+
+
+@cache
+def data_of(task: str) -> tuple[DatasetDict, Any]:
+    """Splits ready for the model, the test split shuffled and cut to 1,500 rows at most, and their collator."""
+    if task == "fashion-mnist":
+        data = assets.fashion_mnist()
+        data["test"] = data["test"].shuffle(seed=0).select(range(4000))
+        return data.with_format("torch"), None
+    readers = {
+        "rotten-tomatoes": assets.rotten_tomatoes,
+        "reuters-r8": assets.reuters_r8,
+        "20-newsgroups": assets.newsgroups,
+    }
+    data = readers[task]()
+    data["test"] = data["test"].shuffle(seed=0).select(range(min(1500, len(data["test"]))))
+    tokenizer = AutoTokenizer.from_pretrained(assets.english_encoder())
+    length = BUDGETS[task].max_length
+    data = data.map(
+        lambda rows: tokenizer([text[: 12 * length] for text in rows["text"]], truncation=True, max_length=length),
+        batched=True,
+        remove_columns="text",
+    )
+    return data, DataCollatorWithPadding(tokenizer)
+
+
+def trainer_of(model, data, collator, budget: Budget, seed: int, callbacks=()) -> Trainer:
+    return Trainer(
+        model,
+        TrainingArguments(
+            tempfile.mkdtemp(),
+            max_steps=budget.steps,
+            per_device_train_batch_size=budget.batch_size,
+            per_device_eval_batch_size=64,
+            learning_rate=budget.learning_rate,
+            warmup_steps=0.1,
+            train_sampling_strategy="group_by_length" if collator else "random",
+            bf16=True,
+            use_cpu=not torch.cuda.is_available(),
+            seed=seed,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=data["train"],
+        data_collator=collator,
+        callbacks=list(callbacks),
+    )
+
+
+def accuracy(trainer: Trainer, rows) -> float:
+    found = trainer.predict(rows)
+    return float((found.predictions.argmax(-1) == found.label_ids).mean())
+
+
+class Curve(TrainerCallback):
+    """Accuracy after each quarter of the training."""
+
+    def __init__(self, steps: int, rows):
+        self.at = {round(steps * i / QUARTERS) for i in range(1, QUARTERS + 1)}
+        self.rows = rows
+        self.points: list[float] = []
+        self.trainer: Trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step in self.at:
+            self.points.append(accuracy(self.trainer, self.rows))
+            self.trainer.model.train()
+
+
+def fashion_vit() -> Path:
+    """A stock ViT (8 layers, 96 wide) trained on the 60,000 images of Fashion-MNIST for one epoch."""
+
+    def make(folder: Path) -> None:
+        config = transformers.ViTConfig(
+            image_size=28,
+            patch_size=4,
+            num_channels=1,
+            hidden_size=96,
+            num_hidden_layers=8,
+            num_attention_heads=4,
+            intermediate_size=384,
+            num_labels=10,
+        )
+        set_seed(0)
+        model = transformers.ViTForImageClassification(config)
+        data, collator = data_of("fashion-mnist")
+        trainer_of(model, data, collator, PRETRAINING, 0).train()
+        model.save_pretrained(folder)
+
+    return fetch.cached("fashion-vit", make)
+
+
+def adapted_encoder(beta: float, steps: int) -> Path:
+    """The English encoder, converted and distilled from itself on the training texts of all three tasks."""
+
+    def make(folder: Path) -> None:
+        readers = (assets.rotten_tomatoes, assets.reuters_r8, assets.newsgroups)
+        texts = [text[:400] for read in readers for text in read()["train"]["text"]]
+        tokenizer = AutoTokenizer.from_pretrained(assets.english_encoder())
+        stock = transformers.RobertaModel.from_pretrained(assets.english_encoder())
+        model = hp.to_reversible(stock, beta=beta, backward_engine="autograd")
+        adapt(model, stock, tokenizer, texts, steps=steps, max_length=64)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    return fetch.cached(f"english-encoder-adapted-{beta}-{steps}", make)
+
+
+# --- before any training
+
+
+def fidelity(job: Mapping[str, Any]) -> dict[str, Any]:
+    """How close a converted model is to the original before training.
+
+    Args:
+        job: ``model``: english-encoder, antibody-roberta or fashion-vit; ``beta``; ``granularity``; ``predictor``.
+
+    Returns:
+        ``cosine``: mean over tokens of the last hidden states' to the original's; ``score``: masked accuracy of the
+        antibody model, test accuracy of the ViT, none of the encoder; ``stock_score``: the original's.
+    """
+    name, beta = job["model"], job["beta"]
+    result: dict[str, Any] = {"score": None, "stock_score": None}
+    if name == "english-encoder":
+        checkpoint = adapted_encoder(beta, job["adapted"]) if job.get("adapted") else assets.english_encoder()
+        stock = transformers.RobertaModel.from_pretrained(assets.english_encoder(), add_pooling_layer=False)
+        model = hp.RevRobertaModel.from_pretrained(checkpoint, beta=beta, add_pooling_layer=False)
+        tokenizer = AutoTokenizer.from_pretrained(assets.english_encoder())
+        texts = assets.rotten_tomatoes()["train"]["text"]
+        batch, probe = (
+            tokenizer(rows, padding=True, truncation=True, max_length=64, return_tensors="pt")
+            for rows in (texts[:200], texts[200:500])
+        )
+    elif name == "antibody-roberta":
+        path = assets.antibody_roberta()
+        stock, model = (
+            transformers.RobertaForMaskedLM.from_pretrained(path),
+            hp.RevRobertaForMaskedLM.from_pretrained(path, beta=beta),
+        )
+        chain = torch.tensor([assets.ANTIBODY_TOKENS[letter] for letter in assets.HEAVY_CHAIN])
+        rows = torch.arange(len(chain))
+        tokens = torch.cat([torch.tensor([0]), chain, torch.tensor([2])]).repeat(len(chain), 1)
+        tokens[rows, rows + 1] = assets.ANTIBODY_TOKENS["<mask>"]
+        batch = probe = {"input_ids": tokens}
+
+        def score(m) -> float:
+            return (m(**batch).logits[rows, rows + 1].argmax(-1) == chain).float().mean().item()
+    else:
+        data, _ = data_of("fashion-mnist")
+        path = fashion_vit()
+        stock, model = (
+            transformers.ViTForImageClassification.from_pretrained(path),
+            hp.RevViTForImageClassification.from_pretrained(path, beta=beta),
+        )
+        images = data["test"][:2000]
+        batch, probe = ({"pixel_values": rows["pixel_values"]} for rows in (images, data["train"][:500]))
+
+        def score(m) -> float:
+            return (m(**batch).logits.argmax(-1) == images["label"]).float().mean().item()
+
+    stock.eval(), model.eval()
+    if job.get("granularity") == "layer":
+        couple_layers(model)
+    if job.get("predictor"):
+        calibrate_predictors(model, probe)
+    mask = batch.get("attention_mask", torch.ones(len(next(iter(batch.values()))), 1)).bool()
+    with torch.no_grad():
+        states = [hidden(m, batch) for m in (stock, model)]
+        if mask.shape[1] > 1:
+            states = [s[mask] for s in states]
+        result["cosine"] = torch.cosine_similarity(*states, dim=-1).mean().item()
+        if name != "english-encoder":
+            result |= {"score": score(model), "stock_score": score(stock)}
+    return result
+
+
+def hidden(model, batch: Mapping[str, Tensor]) -> Tensor:
+    return model.base_model(**batch)[0]
+
+
+# --- variants that did not make it into the package
+
+
+def couple_layers(model: nn.Module) -> None:
+    """One step per layer of a reversible RoBERTa instead of one per sub-block."""
+
+    def forward(self, previous, current, *norm, norm_module=None, attention_mask=None, tape, **kwargs):
+        def step(state, *norm):
+            entered = apply_norm(norm_module, norm, state.to(tape.dtype))
+            attended = self.attention.output.LayerNorm(entered + self.attention(entered, attention_mask, **kwargs))
+            return entered, attended + self.feed_forward(attended) - entered
+
+        previous, current = tape.layer(self.layer_idx, self, (step,), previous, current, norm)
+        return previous, current, *(p.clone() for p in named_parameters_of(self.output.LayerNorm).values())
+
+    model.set_backward_engine("autograd")
+    for layer in model.base_model.encoder.layer:
+        layer.forward = types.MethodType(forward, layer)
+
+
+class Predicting(hp.engine.Autograd):
+    """Steps that add ``beta * (s[i-1] - p_i)``, with ``p_i = a_i * r_i + b_i`` per channel for the residual ``r_i``.
+
+    Calibrated by least squares in the first forward pass, one step after the other, then fixed.
+    """
+
+    def __init__(self) -> None:
+        self.fits: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def layer(self, tape, index, record, previous, current):
+        beta = record.plan.beta
+        for i, step in enumerate(record.steps):
+            residual, branch = step(hp.coupling.read(current, record.dtype), *record.inputs)
+            if (index, i) not in self.fits:
+                x, y = residual.double().flatten(0, -2), previous.double().flatten(0, -2)
+                slope = ((x - x.mean(0)) * (y - y.mean(0))).mean(0) / x.var(0, correction=0)
+                self.fits[index, i] = slope, y.mean(0) - slope * x.mean(0)
+            slope, offset = self.fits[index, i]
+            following = residual + branch + beta * (previous - (slope * residual + offset))
+            previous, current = current, following.to(previous.dtype)
+        return previous, current
+
+
+def calibrate_predictors(model: nn.Module, probe: Mapping[str, Tensor]) -> None:
+    engine = Predicting()
+    base = model.base_model
+    base.new_tape = lambda *args, **kwargs: hp.engine.Tape(engine, base.layer_plans)
+    with torch.no_grad():
+        hidden(model, probe)

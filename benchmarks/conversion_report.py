@@ -1,0 +1,147 @@
+"""The conversion study as tables and a plot."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Row = dict[str, Any]
+
+NEAR = 0.003
+"""Three tenths of a point: what conversion may cost."""
+
+
+def name_of(row: Row) -> str:
+    """The variant of a case in words."""
+    beta = row["beta"]
+    if beta is None:
+        return "stock"
+    if isinstance(beta, list):
+        kept = beta.count(0.0)
+        which = "first" if beta[0] == 0 else "last"
+        name = f"beta {_fraction(max(beta))}, {which} {kept} layers conventional"
+    else:
+        name = f"beta {_fraction(beta)}"
+    if row.get("granularity"):
+        name += ", coupled by layer"
+    if row.get("predictor"):
+        name += ", calibrated predictor"
+    if row.get("schedule"):
+        name += ", annealed to 0" if row["schedule"][-1][1] == 0 else ", grown from 1/16"
+    if row.get("adapted"):
+        name += f", {row['adapted']} steps of self-distillation"
+    return name
+
+
+def _fraction(beta: float) -> str:
+    return f"{beta:g}" if beta in (0, 1) else f"1/{round(1 / beta)}"
+
+
+def table(results: Sequence[Row]) -> str:
+    return "\n\n".join(part for part in (_before(results), _after(results)) if part)
+
+
+def _before(results: Sequence[Row]) -> str:
+    rows = [r for r in results if "model" in r]
+    models = list(dict.fromkeys(r["model"] for r in rows))
+    lines = [["before any training", *(f"{m}: cosine (score)" for m in models)]]
+    for name in dict.fromkeys(name_of(r) for r in rows):
+        found = {r["model"]: r for r in rows if name_of(r) == name}
+        lines.append([name, *(_fidelity(found.get(m)) for m in models)])
+    scores = {r["model"]: r["stock_score"] for r in rows}
+    lines.insert(1, ["stock", *("1.000" + _score(scores[m]) for m in models)])
+    return _markdown(lines) if rows else ""
+
+
+def _fidelity(row: Row | None) -> str:
+    return "" if row is None else f"{row['cosine']:.3f}" + _score(row["score"])
+
+
+def _score(score: float | None) -> str:
+    return "" if score is None else f" ({100 * score:.1f} %)"
+
+
+def _after(results: Sequence[Row]) -> str:
+    """Mean over seeds and range; difference to the stock model over the same seeds; the same read as a stock model."""
+    rows = [r for r in results if "task" in r]
+    tasks = list(dict.fromkeys(r["task"] for r in rows))
+    lines = [["after fine-tuning: accuracy, difference to stock", *tasks]]
+    for name in dict.fromkeys(name_of(r) for r in rows):
+        lines.append([name, *(_accuracy(rows, name, task) for task in tasks)])
+    return _markdown(lines) if rows else ""
+
+
+def of(rows: Sequence[Row], name: str, task: str) -> dict[int, Row]:
+    """The cases of a variant on a task, by seed."""
+    return {r["seed"]: r for r in rows if r.get("task") == task and name_of(r) == name}
+
+
+def difference(rows: Sequence[Row], name: str, task: str, what: str = "accuracy") -> float | None:
+    """Mean difference to the stock model over the seeds that both have, in points."""
+    found, stock = of(rows, name, task), of(rows, "stock", task)
+    pairs = [(found[s][what], stock[s]["accuracy"]) for s in found.keys() & stock.keys()]
+    return 100 * statistics.mean(a - b for a, b in pairs) if pairs and pairs[0][0] is not None else None
+
+
+def _accuracy(rows: Sequence[Row], name: str, task: str) -> str:
+    found = of(rows, name, task)
+    if not found:
+        return ""
+    scores = [100 * r["accuracy"] for r in found.values()]
+    text = f"{statistics.mean(scores):.1f} [{min(scores):.1f}, {max(scores):.1f}]"
+    if name == "stock":
+        return text + f", {len(scores)} seeds"
+    for what, words in (("accuracy", ""), ("accuracy_as_stock", "; as stock ")):
+        points = difference(rows, name, task, what)
+        text += "" if points is None else f"{words or ', '}{points:+.1f}"
+    quarters = reached(rows, name, task)
+    return text + ("" if quarters is None else f"; level after {quarters}/4")
+
+
+def reached(rows: Sequence[Row], name: str, task: str) -> int | None:
+    """After how many quarters of the budget the mean curve is level with the end of the stock model's; or ``None``."""
+    curves = [[r["curve"] for r in of(rows, n, task).values()] for n in (name, "stock")]
+    if not all(curves):
+        return None
+    own, stock = ([statistics.mean(points) for points in zip(*c, strict=True)] for c in curves)
+    return next((i for i, point in enumerate(own, 1) if point >= stock[-1] - NEAR), None)
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
+    head, *rest = ("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join([head, "|---" * len(lines[0]) + "|", *rest])
+
+
+def plot(results: Sequence[Row]) -> "Figure":
+    """Difference to the stock model after fine-tuning against beta, a line per task."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5, 4), layout="constrained")
+    axes = figure.subplots()
+    betas = [1 / 8, 1 / 4, 1 / 2, 1.0]
+    for task in dict.fromkeys(r["task"] for r in results if "task" in r):
+        points = [(b, difference(results, f"beta {_fraction(b)}", task)) for b in betas]
+        points = [(b, d) for b, d in points if d is not None]
+        axes.plot([b for b, _ in points], [d for _, d in points], marker="o", label=task)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.axhspan(-100 * NEAR, 100 * NEAR, alpha=0.15, color="gray")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(betas, [_fraction(b) for b in betas])
+    axes.set(xlabel="beta", ylabel="accuracy after fine-tuning, points above stock")
+    axes.legend(frameon=False)
+    return figure
+
+
+def main() -> None:
+    """Print the tables of a results file: ``python benchmarks/conversion_report.py RESULTS.json``."""
+    import sys
+
+    with open(sys.argv[1], encoding="utf-8") as file:
+        print(table(json.load(file)["results"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Changing the coupling while a model is trained: towards the stock model, or away from it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import TrainerCallback
+
+from ..coupling import betas_per_layer
+from ..hub import ReversiblePreTrainedModel
+
+HALVINGS = (1 / 4, 1 / 8, 1 / 16, 1 / 32, 0.0)
+
+
+class BetaSchedule(TrainerCallback):
+    """Caps every layer's `beta` by stages of the training.
+
+    `BetaSchedule.anneal()` is the way back to the stock model: at the end of the training the weights belong to
+    `beta=0`, so that `to_stock` and `hf-pareprop export` give a model that computes the same. While `beta` is small
+    more pairs of states are stored (anchors), and at 0 activations are: the last stage needs the memory of plain
+    training. A last cap above 0, such as 1/16, avoids that and leaves a small difference.
+
+    Args:
+        caps: from a fraction of the training (0 to 1) to the largest `beta` of any layer from there on. A layer whose
+            own `beta` is smaller keeps it, so conventional layers stay conventional.
+
+    Raises:
+        ValueError: a fraction or a cap is out of range; at the start of training, if the bit budget does not allow a
+            stage, or with `load_best_model_at_end`, which would put weights of one stage into the coupling of another.
+    """
+
+    def __init__(self, caps: Mapping[float, float]):
+        for fraction in caps:
+            if not 0 <= fraction <= 1:
+                raise ValueError(f"{fraction!r} is not a fraction of the training: give a number from 0 to 1.")
+        betas_per_layer(list(caps.values()), len(caps))
+        self.caps = dict(sorted(caps.items()))
+        self._own: tuple[float, ...] = ()
+
+    @classmethod
+    def anneal(cls, start: float = 0.5, caps: Sequence[float] = HALVINGS) -> "BetaSchedule":
+        """Stages of equal length from the fraction `start` of the training to its end."""
+        return cls({start + i * (1 - start) / len(caps): cap for i, cap in enumerate(caps)})
+
+    def betas(self, progress: float) -> list[float]:
+        """One `beta` per layer at a fraction of the training."""
+        cap = next((cap for fraction, cap in reversed(self.caps.items()) if fraction <= progress), 1.0)
+        return [min(beta, cap) for beta in self._own]
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if args.load_best_model_at_end:
+            raise ValueError(
+                "load_best_model_at_end=True puts the weights of one stage into the coupling of another: turn it off, or "
+                "train without BetaSchedule."
+            )
+        reversible = _reversible(model)
+        config = reversible.config
+        self._own = betas_per_layer(config.beta, config.num_hidden_layers)
+        for fraction in self.caps:
+            reversible.set_beta(self.betas(fraction))
+        reversible.set_beta(list(self._own))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        reversible, betas = _reversible(model), self.betas(state.global_step / state.max_steps)
+        if reversible.config.beta != betas:
+            reversible.set_beta(betas)
+
+
+def _reversible(model: Any) -> ReversiblePreTrainedModel:
+    """The reversible model in ``model``, which may be an adapter around it."""
+    for module in model.modules():
+        if hasattr(module, "set_beta"):
+            return module
+    raise ValueError(f"{type(model).__name__} is not a reversible model: BetaSchedule has no beta to change.")
