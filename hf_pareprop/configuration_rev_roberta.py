@@ -15,7 +15,8 @@ class RevRobertaConfig(ReversibleConfig, RobertaConfig):
     """
 
     model_type = "rev_roberta"
-    stock_model_types: ClassVar[tuple[str, ...]] = ("roberta",)
+    stock_model_types: ClassVar[tuple[str, ...]] = ("roberta", "xlm-roberta", "camembert")
+    converted_model_types: ClassVar[tuple[str, ...]] = ("bert",)
     _auto_class: ClassVar[str | None] = "AutoConfig"
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -8,8 +8,16 @@ from .configuration_reversible import ReversibleConfig
 
 
 class RevViTConfig(ReversibleConfig, ViTConfig):
-    """[`ViTConfig`] with the fields of [`ReversibleConfig`]."""
+    """[`ViTConfig`] with the fields of [`ReversibleConfig`].
+
+    Args:
+        distillation_token (`bool`, defaults to `False`):
+            Whether a second token follows the CLS token, as in DeiT. No head reads it.
+    """
 
     model_type = "rev_vit"
     stock_model_types: ClassVar[tuple[str, ...]] = ("vit",)
+    converted_model_types: ClassVar[tuple[str, ...]] = ("deit",)
     _auto_class: ClassVar[str | None] = "AutoConfig"
+
+    distillation_token: bool = False

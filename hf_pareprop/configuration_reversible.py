@@ -2,7 +2,7 @@
 
 from typing import Any, ClassVar
 
-from transformers import PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from .coupling import LayerPlan, plan_layers
 from .engine import get_engine
@@ -23,20 +23,30 @@ class ReversibleConfig(PreTrainedConfig):
             bit. `None` turns that off: rebuilt states drift, gradients become approximate.
         anchor_every (`int` or `None`, defaults to `None`):
             Store a pair of states after every so many layers; `None` stores one only where exactness needs it.
+        stock_model_type (`str` or `None`, defaults to `None`):
+            Model type of the stock checkpoint that the weights came from, which exporting returns to; `None` is the
+            family's own.
     """
 
     beta: float | int | list[float] = 1.0
     backward_engine: str = "pareprop"
     grid_bits: int | None = 12
     anchor_every: int | None = None
+    stock_model_type: str | None = None
 
     stock_model_types: ClassVar[tuple[str, ...]] = ()
     """Model types of the stock checkpoints that load straight into this family."""
+
+    converted_model_types: ClassVar[tuple[str, ...]] = ()
+    """Model types whose checkpoints have to be converted first: their tensors have other names or shapes."""
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         self.layer_plans()
         get_engine(self.backward_engine)
+        stock = (*self.stock_model_types, *self.converted_model_types)
+        if self.stock_model_type is not None and self.stock_model_type not in stock:
+            raise ValueError(f"stock_model_type={self.stock_model_type!r} is not None or one of {', '.join(stock)}.")
 
     def layer_plans(self) -> tuple[LayerPlan, ...]:
         """How each layer is coupled, with anchors where the bit budget asks for them.
@@ -57,14 +67,22 @@ class ReversibleConfig(PreTrainedConfig):
         found = config_dict.get("model_type", cls.model_type)
         if found == cls.model_type:
             return config_dict, kwargs
+        if found in cls.converted_model_types:
+            raise ValueError(
+                f"{pretrained_model_name_or_path!r} is a checkpoint of model type {found!r}, which has to be converted "
+                "first: use hf_pareprop.to_reversible(...) or the command hf-pareprop convert."
+            )
         if found not in cls.stock_model_types:
             raise ValueError(
                 f"{pretrained_model_name_or_path!r} is a checkpoint of model type {found!r}, which {cls.__name__} cannot "
                 f"load: it takes {cls.model_type!r} and {', '.join(map(repr, cls.stock_model_types))}."
             )
-        return cls.from_stock_dict(config_dict), kwargs
+        # Through the stock class, because a configuration file may leave out fields that are at its defaults.
+        return cls.from_stock_dict({**CONFIG_MAPPING[found].from_dict(config_dict).to_dict(), **config_dict}), kwargs
 
     @classmethod
     def from_stock_dict(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
         """The dictionary of a stock configuration as one of this family, `beta` defaulting to 1/2."""
-        return {"beta": 0.5, **config_dict, "model_type": cls.model_type}
+        found = config_dict["model_type"]
+        origin = {} if found == cls.stock_model_types[0] else {"stock_model_type": found}
+        return {"beta": 0.5, **origin, **config_dict, "model_type": cls.model_type}

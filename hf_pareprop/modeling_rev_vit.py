@@ -49,15 +49,19 @@ class RevViTPatchEmbeddings(nn.Module):
 
 
 class RevViTEmbeddings(nn.Module):
-    """CLS token, patch and position embeddings, and optionally a mask token."""
+    """CLS token, patch and position embeddings, and optionally DeiT's distillation token and a mask token."""
 
     def __init__(self, config: RevViTConfig, use_mask_token: bool = False):
         super().__init__()
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.distillation_token = (
+            nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if config.distillation_token else None
+        )
+        self.prefix_length = 2 if config.distillation_token else 1
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if use_mask_token else None
         self.patch_embeddings = RevViTPatchEmbeddings(config)
         rows, columns = self.patch_embeddings.grid
-        self.position_embeddings = nn.Parameter(torch.zeros(1, rows * columns + 1, config.hidden_size))
+        self.position_embeddings = nn.Parameter(torch.zeros(1, self.prefix_length + rows * columns, config.hidden_size))
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(
@@ -80,7 +84,8 @@ class RevViTEmbeddings(nn.Module):
             mask_tokens = self.mask_token.expand(batch, embeddings.shape[1], -1)
             mask = bool_masked_pos.unsqueeze(-1).type_as(mask_tokens)
             embeddings = embeddings * (1.0 - mask) + mask_tokens * mask
-        embeddings = torch.cat((self.cls_token.expand(batch, -1, -1), embeddings), dim=1)
+        prefix = [token for token in (self.cls_token, self.distillation_token) if token is not None]
+        embeddings = torch.cat((*(token.expand(batch, -1, -1) for token in prefix), embeddings), dim=1)
         positions = self._interpolated(size) if interpolate_pos_encoding else self.position_embeddings
         return self.dropout(embeddings + positions)
 
@@ -89,10 +94,10 @@ class RevViTEmbeddings(nn.Module):
         if tuple(size) == self.patch_embeddings.image_size:
             return self.position_embeddings
         grid = [s // p for s, p in zip(size, self.patch_embeddings.patch_size, strict=True)]
-        cls, patches = self.position_embeddings[:, :1], self.position_embeddings[:, 1:]
+        prefix, patches = self.position_embeddings.tensor_split((self.prefix_length,), dim=1)
         patches = patches.reshape(1, *self.patch_embeddings.grid, -1).permute(0, 3, 1, 2)
         patches = nn.functional.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
-        return torch.cat((cls, patches.permute(0, 2, 3, 1).flatten(1, 2)), dim=1)
+        return torch.cat((prefix, patches.permute(0, 2, 3, 1).flatten(1, 2)), dim=1)
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -246,8 +251,9 @@ class RevViTPreTrainedModel(ReversiblePreTrainedModel):
         if isinstance(module, RevViTEmbeddings):
             init.trunc_normal_(module.position_embeddings, mean=0.0, std=self.config.initializer_range)
             init.trunc_normal_(module.cls_token, mean=0.0, std=self.config.initializer_range)
-            if module.mask_token is not None:
-                init.zeros_(module.mask_token)
+            for token in (module.mask_token, module.distillation_token):
+                if token is not None:
+                    init.zeros_(token)
 
 
 class RevViTModel(RevViTPreTrainedModel):
@@ -275,7 +281,7 @@ class RevViTModel(RevViTPreTrainedModel):
         attention_mask: Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
-        """`(batch, channels, height, width)` images in, `(batch, 1 + patches, width)` states out.
+        """`(batch, channels, height, width)` images in, `(batch, 1 + patches, width)` states out, or 2 with a distillation token.
 
         Raises:
             ValueError: no images are given, or they have another size or number of channels than the model was built for.
@@ -338,7 +344,7 @@ class RevViTForMaskedImageModeling(RevViTPreTrainedModel):
             attention_mask=attention_mask,
             **kwargs,
         )
-        patches = outputs.last_hidden_state[:, 1:].transpose(1, 2)
+        patches = outputs.last_hidden_state[:, self.vit.embeddings.prefix_length :].transpose(1, 2)
         side = [s // p for s, p in zip(pixel_values.shape[2:], height_and_width(config.patch_size), strict=True)]
         reconstruction = self.decoder(patches.unflatten(2, side))
         loss = None

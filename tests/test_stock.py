@@ -8,9 +8,10 @@ import transformers
 from families import FAMILIES, IMAGE, TEXT, cast, gradients, image_batch, step, text_batch
 
 import hf_pareprop as hp
-from hf_pareprop.tools.convert import REVERSIBLE
+from hf_pareprop.tools.architectures import STOCK_CLASSES
 
-HEADS = sorted(REVERSIBLE)
+REVERSIBLE = {name: architecture.heads[head] for name, (architecture, head) in STOCK_CLASSES.items()}
+HEADS = sorted(name for name, (architecture, _) in STOCK_CLASSES.items() if architecture.model_type in ("roberta", "vit"))
 
 
 def stock(head, dropout=0.0, **fields):

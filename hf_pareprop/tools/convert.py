@@ -1,8 +1,7 @@
 """Stock models to reversible ones and back, in memory. The weights stay what they are; only their use changes."""
 
 import os
-import re
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -11,44 +10,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..configuration_reversible import ReversibleConfig
 from ..hub import ReversiblePreTrainedModel
-from ..modeling_rev_roberta import (
-    RevRobertaForMaskedLM,
-    RevRobertaForMultipleChoice,
-    RevRobertaForQuestionAnswering,
-    RevRobertaForSequenceClassification,
-    RevRobertaForTokenClassification,
-    RevRobertaModel,
-)
-from ..modeling_rev_vit import RevViTForImageClassification, RevViTForMaskedImageModeling, RevViTModel
+from .architectures import ARCHITECTURES, Architecture, architecture_of
 
 Model = TypeVar("Model", bound=PreTrainedModel)
-
-REVERSIBLE: dict[str, type[ReversiblePreTrainedModel]] = {
-    cls.__name__.removeprefix("Rev"): cls
-    for cls in (
-        RevRobertaModel,
-        RevRobertaForMaskedLM,
-        RevRobertaForSequenceClassification,
-        RevRobertaForTokenClassification,
-        RevRobertaForQuestionAnswering,
-        RevRobertaForMultipleChoice,
-        RevViTModel,
-        RevViTForImageClassification,
-        RevViTForMaskedImageModeling,
-    )
-}
-"""From the name of a stock class to its reversible twin."""
-
-# Stock ViT, in memory, has other names than its checkpoints, whose names the reversible model keeps.
-_RENAMED_IN_STOCK = (
-    (r"encoder\.layer\.", "layers."),
-    (r"attention\.attention\.query", "attention.q_proj"),
-    (r"attention\.attention\.key", "attention.k_proj"),
-    (r"attention\.attention\.value", "attention.v_proj"),
-    (r"attention\.output\.dense", "attention.o_proj"),
-    (r"(layers\.\d+)\.intermediate\.dense", r"\1.mlp.fc1"),
-    (r"(layers\.\d+)\.output\.dense", r"\1.mlp.fc2"),
-)
 
 
 def to_reversible(
@@ -73,10 +37,24 @@ def to_reversible(
     if not isinstance(model, PreTrainedModel):
         config = transformers.AutoConfig.from_pretrained(model)
         name = (config.architectures or [""])[0]
-        return _twin_of(name).from_pretrained(model, **fields)
-    cls = _twin_of(type(model).__name__)
-    config = reversible_config(model.config, cls, fields)
-    return _with_weights_of(model, cls, config)
+        architecture, head = architecture_of(name)
+        cls = architecture.heads[head]
+        if config.model_type in cls.config_class.stock_model_types:
+            return cls.from_pretrained(model, **fields)
+        model = getattr(transformers, name).from_pretrained(model)
+    architecture, head = architecture_of(type(model).__name__)
+    cls = architecture.heads[head]
+    config = reversible_config(model.config, architecture, head, fields)
+    target = _like(model, cls, config)
+    wanted = target.state_dict(keep_vars=True)
+    given = model.state_dict(keep_vars=True)
+    names = {name: architecture.reversible_name(name, head, wanted) for name in given}
+    _check_names(model, target, {names[n]: n for n in given}, wanted, given)
+    for name, tensor in given.items():
+        parameter = wanted[names[name]]
+        parameter.data = architecture.to_reversible_tensor(name, tensor.detach(), model.config)
+        parameter.requires_grad_(tensor.requires_grad)
+    return _placed(target, model)
 
 
 def to_stock(model: ReversiblePreTrainedModel) -> PreTrainedModel:
@@ -87,67 +65,90 @@ def to_stock(model: ReversiblePreTrainedModel) -> PreTrainedModel:
     Raises:
         ValueError: ``model`` is not a reversible model of this package.
     """
-    name = type(model).__name__.removeprefix("Rev")
-    if not isinstance(model.config, PreTrainedConfig) or name not in REVERSIBLE or not hasattr(model.config, "beta"):
+    model_type = getattr(model.config, "stock_model_type", None) or getattr(model.config, "model_type", "")
+    architecture = ARCHITECTURES.get(model_type.removeprefix("rev_"))
+    if architecture is None or not hasattr(model.config, "beta"):
         raise ValueError(f"{type(model).__name__} is not a reversible model of this package.")
-    cls = getattr(transformers, name)
-    fields = model.config.to_dict()
-    for unwanted in (*ReversibleConfig.__annotations__, "auto_map", "architectures", "model_type"):
-        fields.pop(unwanted, None)
-    config = cls.config_class(**fields)
-    config._attn_implementation = model.config._attn_implementation
-    return _with_weights_of(model, cls, config)
+    cls = architecture.stock_class(type(model))
+    head = cls.__name__.removeprefix(architecture.prefix)
+    config = stock_config(model.config, architecture, cls)
+    target = _like(model, cls, config)
+    wanted, given = target.state_dict(keep_vars=True), model.state_dict(keep_vars=True)
+    names = {name: architecture.reversible_name(name, head, given) for name in wanted}
+    _check_names(model, target, names, wanted, given)
+    for name, parameter in wanted.items():
+        tensor = given[names[name]]
+        parameter.data = architecture.to_stock_tensor(name, tensor.detach(), config)
+        parameter.requires_grad_(tensor.requires_grad)
+    return _placed(target, model)
 
 
 def reversible_config(
-    config: PreTrainedConfig, cls: type[ReversiblePreTrainedModel], fields: dict[str, Any]
+    config: PreTrainedConfig, architecture: Architecture, head: str, fields: dict[str, Any]
 ) -> ReversibleConfig:
-    """The configuration of the reversible twin ``cls`` of a stock model.
+    """The configuration of the reversible twin of a stock model.
 
     Raises:
         TypeError: ``fields`` has one that the configuration does not know.
+        ValueError: the stock model does what its twin cannot.
     """
-    config_class: Any = cls.config_class
+    config_class: Any = architecture.heads[head].config_class
     known = config_class().to_dict()
     for name in fields:
         if name not in known:
             raise TypeError(f"{config_class.__name__} has no field {name!r}.")
-    result = config_class(**{**config_class.from_stock_dict(config.to_dict()), "architectures": None, **fields})
+    if architecture.model_type == "bert" and head == "ForMaskedLM" and config.hidden_act != "gelu":
+        raise ValueError(
+            f"hidden_act={config.hidden_act!r}: the masked-LM head of BERT uses it and that of RoBERTa 'gelu', so this "
+            "model has no reversible twin. Its encoder has: convert BertModel."
+        )
+    stock = config.to_dict()
+    if rows := architecture.reserved_rows(config):
+        stock["max_position_embeddings"] += rows
+    given = {**config_class.from_stock_dict(stock), **architecture.fields, "architectures": None, **fields}
+    result = config_class(**given)
     result._attn_implementation = config._attn_implementation
     return result
 
 
-def _twin_of(name: str) -> type[ReversiblePreTrainedModel]:
-    if name not in REVERSIBLE:
-        raise ValueError(f"{name or 'this checkpoint'} has no reversible twin: these have: {', '.join(REVERSIBLE)}.")
-    return REVERSIBLE[name]
+def stock_config(config: PreTrainedConfig, architecture: Architecture, cls: type[PreTrainedModel]) -> PreTrainedConfig:
+    """The configuration of the stock twin ``cls`` of a reversible model."""
+    fields, stock_class = config.to_dict(), cls.config_class
+    own = type(config)().to_dict().keys() - stock_class().to_dict().keys()
+    for name in (*own, "auto_map", "architectures", "model_type"):
+        fields.pop(name, None)
+    if rows := architecture.reserved_rows(config):
+        fields["max_position_embeddings"] -= rows
+    result = stock_class(**fields)
+    result._attn_implementation = config._attn_implementation
+    return result
 
 
-def _with_weights_of(source: PreTrainedModel, cls: type[Model], config: PreTrainedConfig) -> Model:
-    """A ``cls`` with copies of the tensors of ``source``, one of the two being stock and the other reversible."""
+def _like(source: PreTrainedModel, cls: type[Model], config: PreTrainedConfig) -> Model:
+    """A ``cls`` with any weights, with a pooler if ``source`` has one."""
+    options = {"add_pooling_layer": source.pooler is not None} if hasattr(source, "pooler") else {}
+    if getattr(getattr(source, "embeddings", None), "mask_token", None) is not None:
+        options["use_mask_token"] = True
     devices = [source.device.index] if source.device.type == "cuda" else []
     with torch.random.fork_rng(devices):  # the weights drawn here are overwritten: leave no trace in the user's stream
-        target = cls._from_config(config)
-    given, wanted = source.state_dict(keep_vars=True), target.state_dict(keep_vars=True)
-    if cls.__name__ in REVERSIBLE:
-        names = {_stock_name(name, wanted): name for name in given}
-    else:
-        names = {name: _stock_name(name, given) for name in wanted}
-    if names.keys() != wanted.keys() or set(names.values()) != given.keys():
-        odd = sorted((names.keys() ^ wanted.keys()) | (set(names.values()) ^ given.keys()))
-        raise ValueError(
-            f"the parameters of {type(source).__name__} are not those of {cls.__name__}: {', '.join(odd[:6])}. Adapters "
-            "have to be merged or removed first."
-        )
-    for name, tensor in wanted.items():
-        tensor.data = given[names[name]].detach().clone()
-        tensor.requires_grad_(given[names[name]].requires_grad)
+        return cls._from_config(config, **options)
+
+
+def _placed(target: Model, source: PreTrainedModel) -> Model:
     return target.to(source.device).train(source.training)
 
 
-def _stock_name(name: str, stock_names: Container[str]) -> str:
-    """What the stock model calls the parameter that checkpoints and the reversible model call ``name``."""
-    if name not in stock_names:
-        for pattern, replacement in _RENAMED_IN_STOCK:
-            name = re.sub(pattern, replacement, name)
-    return name
+def _check_names(
+    source: PreTrainedModel,
+    target: PreTrainedModel,
+    source_names: dict[str, str],
+    wanted: dict[str, Any],
+    given: dict[str, Any],
+) -> None:
+    """Whether every parameter of ``target`` comes from one of ``source``, and every one of ``source`` goes there."""
+    odd = (source_names.keys() ^ wanted.keys()) | (set(source_names.values()) ^ given.keys())
+    if odd:
+        raise ValueError(
+            f"the parameters of {type(source).__name__} are not those of {type(target).__name__}: "
+            f"{', '.join(sorted(odd)[:6])}. Adapters have to be merged or removed first."
+        )
