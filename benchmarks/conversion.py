@@ -46,19 +46,26 @@ def before() -> Iterator[Job]:
 
 def main_part(seed: int) -> Iterator[Job]:
     """Fine-tuning the converted encoder, against the stock one."""
-    for beta in (None, 1 / 8, 1 / 4, 1 / 2, 1.0):
+    for beta in (None, 1 / 16, 1 / 8, 1 / 4):
+        for task in TEXT:
+            yield {"task": task, "seed": seed, "beta": beta}
+
+
+def large(seed: int) -> Iterator[Job]:
+    """The same at the two largest betas."""
+    for beta in (1 / 2, 1.0):
         for task in TEXT:
             yield {"task": task, "seed": seed, "beta": beta}
 
 
 def image(seed: int) -> Iterator[Job]:
-    for beta in (None, 1 / 8, 1 / 4, 1 / 2, 1.0):
+    for beta in (None, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0):
         yield {"task": "fashion-mnist", "seed": seed, "beta": beta}
 
 
 def way_back(seed: int) -> Iterator[Job]:
     """Annealing beta over the second half of the training."""
-    for beta in (1 / 8, 1 / 2):
+    for beta in (1 / 8, 1 / 4):
         for task in TEXT:
             yield {"task": task, "seed": seed, "beta": beta, "schedule": [s for s in ANNEAL if s[1] < beta]}
 
@@ -66,19 +73,26 @@ def way_back(seed: int) -> Iterator[Job]:
 def adapted(seed: int) -> Iterator[Job]:
     """Self-distillation before fine-tuning."""
     for task in TEXT:
-        yield {"task": task, "seed": seed, "beta": 0.5, "adapted": ADAPTATION_STEPS}
+        yield {"task": task, "seed": seed, "beta": 0.25, "adapted": ADAPTATION_STEPS}
 
 
 def variants(seed: int) -> Iterator[Job]:
     """Growing beta, layers instead of sub-blocks, and the last two layers conventional; on one task."""
     task = "rotten-tomatoes"
-    yield {"task": task, "seed": seed, "beta": 0.5, "schedule": GROW}
-    yield {"task": task, "seed": seed, "beta": [0.5] * 4 + [0.0] * 2}
-    for beta in (1 / 8, 1 / 2):
+    yield {"task": task, "seed": seed, "beta": 0.25, "schedule": GROW}
+    yield {"task": task, "seed": seed, "beta": [0.25] * 4 + [0.0] * 2}
+    for beta in (1 / 8, 1 / 4):
         yield {"task": task, "seed": seed, "beta": beta, "granularity": "layer"}
 
 
-SEEDED = {"main": main_part, "return": way_back, "adapted": adapted, "image": image, "variants": variants}
+SEEDED = {
+    "main": main_part,
+    "return": way_back,
+    "adapted": adapted,
+    "image": image,
+    "large": large,
+    "variants": variants,
+}
 
 
 def jobs_of(parts: Sequence[str], seeds: Sequence[int]) -> Iterator[Job]:
@@ -90,7 +104,7 @@ def jobs_of(parts: Sequence[str], seeds: Sequence[int]) -> Iterator[Job]:
             for seed in seeds:
                 yield from part(seed)
     if "adapted" in parts:
-        yield {"model": "english-encoder", "beta": 0.5, "adapted": ADAPTATION_STEPS}
+        yield {"model": "english-encoder", "beta": 0.25, "adapted": ADAPTATION_STEPS}
 
 
 def child(job: Job) -> None:

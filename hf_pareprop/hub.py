@@ -74,7 +74,8 @@ class ReversiblePreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: `beta` is out of range, or overruns the bit budget: see [`ReversibleConfig`].
         """
-        config, base = self.config, self.base_model
+        config: Any = self.config
+        base: Any = self.base_model
         plans = plan_layers(beta, config.num_hidden_layers, config.grid_bits, config.anchor_every)
         config.beta = beta if isinstance(beta, (int, float)) else list(beta)
         base.layer_plans = plans

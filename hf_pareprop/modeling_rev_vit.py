@@ -61,7 +61,9 @@ class RevViTEmbeddings(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if use_mask_token else None
         self.patch_embeddings = RevViTPatchEmbeddings(config)
         rows, columns = self.patch_embeddings.grid
-        self.position_embeddings = nn.Parameter(torch.zeros(1, self.prefix_length + rows * columns, config.hidden_size))
+        self.position_embeddings = nn.Parameter(
+            torch.zeros(1, self.prefix_length + rows * columns, config.hidden_size)
+        )
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(

@@ -11,7 +11,9 @@ import hf_pareprop as hp
 from hf_pareprop.tools.architectures import STOCK_CLASSES
 
 REVERSIBLE = {name: architecture.heads[head] for name, (architecture, head) in STOCK_CLASSES.items()}
-HEADS = sorted(name for name, (architecture, _) in STOCK_CLASSES.items() if architecture.model_type in ("roberta", "vit"))
+HEADS = sorted(
+    name for name, (architecture, _) in STOCK_CLASSES.items() if architecture.model_type in ("roberta", "vit")
+)
 
 
 def stock(head, dropout=0.0, **fields):

@@ -67,7 +67,9 @@ class Architecture:
             return 0
         padding = config.pad_token_id
         if padding is None:
-            raise ValueError("pad_token_id is None: positions are counted from it, so the configuration has to name one.")
+            raise ValueError(
+                "pad_token_id is None: positions are counted from it, so the configuration has to name one."
+            )
         return padding + 1
 
     def to_reversible_tensor(self, name: str, tensor: Tensor, config: PreTrainedConfig) -> Tensor:

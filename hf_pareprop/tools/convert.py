@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 import transformers
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..configuration_reversible import ReversibleConfig
@@ -38,16 +39,19 @@ def to_reversible(
         config = transformers.AutoConfig.from_pretrained(model)
         name = (config.architectures or [""])[0]
         architecture, head = architecture_of(name)
-        cls = architecture.heads[head]
+        cls: Any = architecture.heads[head]
         if config.model_type in cls.config_class.stock_model_types:
             return cls.from_pretrained(model, **fields)
-        model = getattr(transformers, name).from_pretrained(model)
+        stock: PreTrainedModel = getattr(transformers, name).from_pretrained(model)
+        return _reversible_twin(stock, fields)
+    return _reversible_twin(model, fields)
+
+
+def _reversible_twin(model: PreTrainedModel, fields: dict[str, Any]) -> ReversiblePreTrainedModel:
     architecture, head = architecture_of(type(model).__name__)
-    cls = architecture.heads[head]
     config = reversible_config(model.config, architecture, head, fields)
-    target = _like(model, cls, config)
-    wanted = target.state_dict(keep_vars=True)
-    given = model.state_dict(keep_vars=True)
+    target = _like(model, architecture.heads[head], config)
+    wanted, given = target.state_dict(keep_vars=True), model.state_dict(keep_vars=True)
     names = {name: architecture.reversible_name(name, head, wanted) for name in given}
     _check_names(model, target, {names[n]: n for n in given}, wanted, given)
     for name, tensor in given.items():
@@ -65,8 +69,8 @@ def to_stock(model: ReversiblePreTrainedModel) -> PreTrainedModel:
     Raises:
         ValueError: ``model`` is not a reversible model of this package.
     """
-    model_type = getattr(model.config, "stock_model_type", None) or getattr(model.config, "model_type", "")
-    architecture = ARCHITECTURES.get(model_type.removeprefix("rev_"))
+    model_type = getattr(model.config, "stock_model_type", None) or model.config.model_type
+    architecture = ARCHITECTURES.get(str(model_type).removeprefix("rev_"))
     if architecture is None or not hasattr(model.config, "beta"):
         raise ValueError(f"{type(model).__name__} is not a reversible model of this package.")
     cls = architecture.stock_class(type(model))
@@ -113,8 +117,9 @@ def reversible_config(
 
 def stock_config(config: PreTrainedConfig, architecture: Architecture, cls: type[PreTrainedModel]) -> PreTrainedConfig:
     """The configuration of the stock twin ``cls`` of a reversible model."""
-    fields, stock_class = config.to_dict(), cls.config_class
-    own = type(config)().to_dict().keys() - stock_class().to_dict().keys()
+    stock_class: Any = cls.config_class
+    fields, own_class = config.to_dict(), type(config)
+    own = own_class().to_dict().keys() - stock_class().to_dict().keys()
     for name in (*own, "auto_map", "architectures", "model_type"):
         fields.pop(name, None)
     if rows := architecture.reserved_rows(config):
@@ -135,7 +140,8 @@ def _like(source: PreTrainedModel, cls: type[Model], config: PreTrainedConfig) -
 
 
 def _placed(target: Model, source: PreTrainedModel) -> Model:
-    return target.to(source.device).train(source.training)
+    placed: Model = nn.Module.to(target, source.device)
+    return placed.train(source.training)
 
 
 def _check_names(

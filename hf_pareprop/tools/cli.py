@@ -1,0 +1,243 @@
+"""The command `hf-pareprop`: convert, export, verify."""
+
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..coupling import betas_per_layer
+from ..hub import ReversiblePreTrainedModel
+from .architectures import architecture_of
+from .budget import bit_budget
+from .cards import model_card
+from .checkpoint import CheckpointError, copy_companions, load_reversible, load_stock, open_source, whole_directory
+from .convert import to_reversible, to_stock
+from .fidelity import Fidelity, fidelity
+from .inputs import random_batch, real_batches
+from .memory import memory_growth
+from .verify import verify as verify_step
+
+DEFAULT_BETA = 0.0625
+
+app = typer.Typer(
+    help="Reversible Transformers: stock checkpoints in and out, checked on your own machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Src = Annotated[str, typer.Argument(metavar="SRC", help="A directory or a Hub id.")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="The directory to make; it appears whole or not at all.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
+Shards = Annotated[str, typer.Option("--max-shard-size", help="Largest weights file, such as 5GB.")]
+Calibrate = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibrate", help="Measure on real inputs: a file with a text per line, an image, or a directory of images."
+    ),
+]
+
+
+@app.command()
+def convert(
+    src: Src,
+    out: Out,
+    beta: Annotated[float, typer.Option(help="Coupling: 1, 0.5, 0.25, …; smaller is closer to SRC.")] = DEFAULT_BETA,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Only these layers become reversible: 4-11, or 0-3,8-11. Others store activations."),
+    ] = None,
+    anchor_every: Annotated[
+        int | None,
+        typer.Option(help="Store a pair of states after every so many layers, not only where bits run out."),
+    ] = None,
+    grid_bits: Annotated[int, typer.Option(help="Bits after the binary point of what a sub-block adds.")] = 12,
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights written; auto: as they are.")] = "auto",
+    calibrate: Calibrate = None,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read pickled weights (tensors only).")] = False,
+    overwrite: Overwrite = False,
+    max_shard_size: Shards = "5GB",
+) -> None:
+    """Make a reversible checkpoint of a stock one."""
+    source = open_source(src)
+    _check_target(source.folder, out, overwrite)
+    loaded = load_stock(source, dtype=dtype, allow_pickle=allow_pickle)
+    stock = loaded.model
+    depth = stock.config.num_hidden_layers
+    betas = beta if layers is None else [beta if i in _layers(layers, depth) else 0.0 for i in range(depth)]
+    betas_per_layer(betas, depth)
+    model = to_reversible(stock, beta=betas, anchor_every=anchor_every, grid_bits=grid_bits)
+    _say("from", f"{src}: {_describe(stock)}")
+    _say("to", f"{type(model).__name__}, {len(model.state_dict())} tensors mapped")
+    if rows := architecture_of(type(stock).__name__)[0].reserved_rows(stock.config):
+        _say("", f"positions moved by {rows} rows: RoBERTa counts them from the padding token")
+    for note in loaded.notes:
+        _say("", note)
+    if loaded.left_out:
+        _say("left out", f"{', '.join(loaded.left_out)} ({type(stock).__name__} has no place for them)")
+    for line in bit_budget(model.config.layer_plans()):
+        _say("coupling", line)
+    measured = None
+    if calibrate is not None:
+        measured = fidelity(stock, model, real_batches(source, stock, calibrate))
+        _say("fidelity", f"{measured} ({calibrate}, against {src})")
+    with whole_directory(out, overwrite) as folder:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        copied = copy_companions(source, folder, stock.config.model_type)
+        _card(model, out.name, src, measured).save(folder / "README.md")
+    _say("copied", ", ".join(copied) or "no tokenizer or image processor: there was none")
+    _say("wrote", f"{out}")
+
+
+@app.command()
+def export(
+    src: Annotated[str, typer.Argument(metavar="SRC", help="A reversible checkpoint: a directory or a Hub id.")],
+    out: Out,
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights written; auto: as they are.")] = "auto",
+    calibrate: Calibrate = None,
+    overwrite: Overwrite = False,
+    max_shard_size: Shards = "5GB",
+) -> None:
+    """Make a stock checkpoint of a reversible one, for plain transformers.
+
+    The fidelity is measured on --calibrate, or else on random inputs, which say little about real ones.
+    """
+    source = open_source(src)
+    _check_target(source.folder, out, overwrite)
+    model: Any = load_reversible(source, dtype=dtype).model
+    stock = to_stock(model)
+    _say("from", f"{src}: {_describe(model)}")
+    _say("to", f"{type(stock).__name__}, {len(stock.state_dict())} tensors mapped")
+    if calibrate is not None:
+        measured, where = fidelity(model, stock, real_batches(source, model, calibrate)), str(calibrate)
+    else:
+        measured, where = (
+            fidelity(model, stock, [random_batch(model)]),
+            "random inputs; give real ones with --calibrate",
+        )
+    _say("fidelity", f"{measured} ({where})")
+    if any(plan.reversible for plan in model.config.layer_plans()):
+        _say("", "the weights were trained with a beta above 0, the stock model is beta=0: see BetaSchedule.anneal")
+    with whole_directory(out, overwrite) as folder:
+        stock.save_pretrained(folder, max_shard_size=max_shard_size)
+        copied = copy_companions(source, folder, stock.config.model_type)
+    _say("copied", ", ".join(copied) or "no tokenizer or image processor: there was none")
+    _say("wrote", f"{out}")
+
+
+@app.command()
+def verify(
+    model_name: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A reversible checkpoint: a directory or a Hub id.")
+    ],
+    batch: Annotated[
+        Path | None,
+        typer.Option(
+            help="Real inputs: a file with a text per line, an image, or a directory of images; default: random."
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Inputs in the step.")] = 4,
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens; longer texts are truncated.")] = 128,
+    engine: Annotated[Literal["reprop", "pareprop"], typer.Option(help="The engine to verify.")] = "pareprop",
+    autocast: Annotated[Literal["none", "bf16"], typer.Option(help="Compute in bf16 autocast.")] = "none",
+    device: Annotated[str, typer.Option(help="auto: CUDA if there is one.")] = "auto",
+) -> None:
+    """Check a training step here: rebuilt states, gradients, memory. Exit status 1 if something does not hold."""
+    source = open_source(model_name)
+    model: Any = load_reversible(source).model
+    model.to(_device(device)).train()
+    model.set_backward_engine(engine)
+    inputs = (
+        random_batch(model, batch_size=batch_size, length=max_length)
+        if batch is None
+        else next(real_batches(source, model, batch, batch_size=batch_size, limit=batch_size, max_length=max_length))
+    )
+    _say("model", f"{model_name}: {_describe(model)}, on {model.device}")
+    _say(
+        "inputs",
+        f"{'random' if batch is None else batch}, " + ", ".join(f"{k} {tuple(v.shape)}" for k, v in inputs.items()),
+    )
+    for line in bit_budget(model.config.layer_plans()):
+        _say("coupling", line)
+    if not any(plan.reversible for plan in model.config.layer_plans()):
+        raise CheckpointError("no layer of the model is reversible: there is nothing to verify.")
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast == "bf16"):
+        report = verify_step(model, inputs)
+        growth = memory_growth(model, inputs)
+    checks = (
+        ("step", report.exact and report.gradients_equal, str(report)),
+        ("memory", growth.flat, str(growth)),
+    )
+    for name, holds, found in checks:
+        _say(name, f"{'holds' if holds else 'FALLS SHORT'}: {found}")
+    if not all(holds for _, holds, _ in checks):
+        raise typer.Exit(1)
+
+
+def _layers(text: str, depth: int) -> set[int]:
+    """The layers that ``4-11`` or ``0-3,8,10-11`` names."""
+    chosen: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if not first <= last < depth:
+            raise CheckpointError(
+                f"--layers {text}: {part!r} is not a range of layers from 0 to {depth - 1}, such as 2-{depth - 1}."
+            )
+        chosen |= set(range(first, last + 1))
+    return chosen
+
+
+def _check_target(folder: Path, out: Path, overwrite: bool) -> None:
+    """Before anything is read, so that nothing is computed in vain, and never over the source."""
+    if out.resolve() == folder.resolve():
+        raise CheckpointError(f"{out} is the source itself, which is not overwritten: name another directory.")
+    if out.exists() and not overwrite:
+        raise CheckpointError(f"{out} exists: name another directory, or add --overwrite to replace it.")
+
+
+def _describe(model: PreTrainedModel) -> str:
+    config, millions = model.config, sum(p.numel() for p in model.parameters()) / 1e6
+    dtype = str(model.dtype).removeprefix("torch.")
+    return f"{type(model).__name__}, {config.num_hidden_layers} layers, {config.hidden_size} wide, {millions:.1f} M, {dtype}"
+
+
+def _card(model: ReversiblePreTrainedModel, name: str, src: str, measured: Fidelity | None):
+    note = "converted, not trained since" + ("" if measured is None else f"; on {measured} against the base model")
+    base = Path(src).resolve().name if Path(src).exists() else src
+    return model_card(model, model_name=name, base_model=base, training=note)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise CheckpointError(f"--device {name}: PyTorch finds no CUDA device here; use --device cpu.")
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise CheckpointError(f"--device {name}: not a device of PyTorch; use cpu or cuda.") from error
+
+
+def _say(what: str, text: str) -> None:
+    typer.echo(f"{what:>9}  {text}")
+
+
+def main() -> None:
+    """Entry point: errors that a user can mend are one line on stderr and exit status 1."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        app()
+    except (ValueError, TypeError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

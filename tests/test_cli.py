@@ -1,0 +1,330 @@
+"""The command line as a user has it: what it makes, what it says, and what it refuses without leaving anything."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from families import IMAGE, TEXT
+from safetensors.torch import load_file, save_file
+from test_architectures import stock
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+
+import hf_pareprop as hp
+from hf_pareprop.tools import cli
+from hf_pareprop.tools.architectures import STOCK_CLASSES
+from hf_pareprop.tools.checkpoint import SAFETENSORS
+
+WORDS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *(f"w{i}" for i in range(56))]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def run(*arguments, status=0):
+        monkeypatch.setattr(sys, "argv", ["hf-pareprop", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        code = end.value.code
+        if isinstance(code, str):  # what the interpreter prints and turns into 1
+            code, message = 1, code
+        else:
+            message = ""
+        out, err = capsys.readouterr()
+        assert code == status, (code, message, out, err)
+        return out + message + err
+
+    return run
+
+
+def save_tokenizer(folder, **names):
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)], pair="<s> $A </s> $B </s>"
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = dict(bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>", mask_token="<mask>")
+    (folder / "tokenizer_config.json").write_text(json.dumps({**special, **names}))
+
+
+@pytest.fixture
+def texts(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text("w1 w2 w3\n\nw4 w5 w6 w7 w8 w9\nw10 nothing\n")
+    return path
+
+
+@pytest.fixture
+def src(tmp_path):
+    folder = tmp_path / "stock"
+    stock("RobertaForSequenceClassification").save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("name", sorted(STOCK_CLASSES))
+def test_there_and_back(name, run, tmp_path):
+    """Identical tensors, and a stock checkpoint without any code, for every architecture and head."""
+    stock(name).save_pretrained(tmp_path / "stock")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "stock").iterdir()}
+    out = run("convert", tmp_path / "stock", tmp_path / "reversible")
+    assert f"{name}, 3 layers, 32 wide" in out and "layers 0-2: reversible, beta 0.0625, 36 of 53 bits" in out
+    run("export", tmp_path / "reversible", tmp_path / "back")
+    a, b = (load_file(tmp_path / which / "model.safetensors") for which in ("stock", "back"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+    assert not list((tmp_path / "back").glob("*.py"))
+    configs = [json.loads((tmp_path / which / "config.json").read_text()) for which in ("stock", "back")]
+    assert configs[0] == configs[1]
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "stock").iterdir()}
+    assert names_in(tmp_path) == ["back", "reversible", "stock"]
+
+
+def test_a_conversion_loads_anywhere(run, src, texts, tmp_path):
+    """Tokenizer and code travel along: a process without the package classifies a text."""
+    out = run("convert", src, tmp_path / "out", "--beta", 0.25, "--calibrate", texts)
+    assert "3 inputs: hidden states cosine 0." in out and "predictions the same in" in out
+    assert "copied  tokenizer.json, tokenizer_config.json" in out
+    program = """
+import sys, transformers
+sys.modules["hf_pareprop"] = None
+name = sys.argv[1]
+model = transformers.AutoModelForSequenceClassification.from_pretrained(name, trust_remote_code=True)
+tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+assert model.config.beta == 0.25
+print(tuple(model(**tokenizer(["w1 w2", "w3 w4"], return_tensors="pt")).logits.shape))
+"""
+    home = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", program, str(tmp_path / "out")]
+    result = subprocess.run(command, capture_output=True, text=True, env=home, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "(2, 3)" in result.stdout
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| coupling (`beta`) | 0.25 |" in card and "converted, not trained since; on 3 inputs" in card
+
+
+@pytest.mark.parametrize("name", ["RobertaForMaskedLM", "RobertaForQuestionAnswering", "RobertaForMultipleChoice"])
+def test_fidelity_of_every_kind_of_head(name, run, texts, tmp_path):
+    stock(name).save_pretrained(tmp_path / "stock")
+    save_tokenizer(tmp_path / "stock")
+    out = run("convert", tmp_path / "stock", tmp_path / "out", "--beta", 1, "--calibrate", texts)
+    assert "hidden states cosine" in out and "predictions the same in" in out
+    same = run("convert", tmp_path / "stock", tmp_path / "same", "--beta", 0, "--calibrate", texts)
+    assert "hidden states bit-equal, predictions the same in 100.0 %" in same
+
+
+def test_images(run, tmp_path):
+    from PIL import Image
+
+    stock("ViTForImageClassification").save_pretrained(tmp_path / "stock")
+    processor = dict(image_processor_type="ViTImageProcessor", size=dict(height=12, width=12), do_resize=True)
+    (tmp_path / "stock" / "preprocessor_config.json").write_text(json.dumps(processor))
+    (tmp_path / "images").mkdir()
+    for i in range(3):
+        Image.new("RGB", (20, 16), (80 * i, 10, 200)).save(tmp_path / "images" / f"{i}.png")
+    out = run("convert", tmp_path / "stock", tmp_path / "out", "--calibrate", tmp_path / "images")
+    assert "3 inputs: hidden states cosine 0.9" in out and "copied  preprocessor_config.json" in out
+    assert "holds: 3 reversible layers" in run("verify", tmp_path / "out", "--batch", tmp_path / "images" / "1.png")
+    (tmp_path / "images" / "broken.png").write_bytes(b"no image")
+    assert "broken.png is not an image" in run("verify", tmp_path / "out", "--batch", tmp_path / "images", status=1)
+
+
+def test_options(run, src, tmp_path):
+    run("convert", src, tmp_path / "out", "--layers", "1-2", "--dtype", "bfloat16", "--anchor-every", 1, "--beta", 0.5)
+    model = hp.RevRobertaForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert model.config.beta == [0.0, 0.5, 0.5] and model.config.anchor_every == 1 and model.dtype == torch.bfloat16
+    assert sum(plan.closes for plan in model.config.layer_plans()) == 2
+    run("convert", src, tmp_path / "out", "--layers", "0,2", "--overwrite")
+    assert hp.RevRobertaForSequenceClassification.from_pretrained(tmp_path / "out").config.beta == [0.0625, 0, 0.0625]
+    assert names_in(tmp_path) == ["out", "stock"]
+
+
+def test_shards(run, tmp_path):
+    model = stock("RobertaForMaskedLM")
+    model.save_pretrained(tmp_path / "stock", max_shard_size="20KB")
+    assert len(list((tmp_path / "stock").glob("*.safetensors"))) > 2
+    run("convert", tmp_path / "stock", tmp_path / "out", "--max-shard-size", "20KB")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
+    run("export", tmp_path / "out", tmp_path / "back")
+    back = transformers.RobertaForMaskedLM.from_pretrained(tmp_path / "back").state_dict()
+    assert all(torch.equal(tensor, back[name]) for name, tensor in model.state_dict().items())
+    next((tmp_path / "stock").glob("*.safetensors")).unlink()
+    assert "cannot be read" in run("convert", tmp_path / "stock", tmp_path / "new", status=1)
+
+
+def test_pickled_weights(run, src, tmp_path):
+    torch.save(load_file(src / "model.safetensors"), src / "pytorch_model.bin")
+    (src / "model.safetensors").unlink()
+    assert "add --allow-pickle" in run("convert", src, tmp_path / "out", status=1)
+    assert not (tmp_path / "out").exists()
+    run("convert", src, tmp_path / "out", "--allow-pickle")
+
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    torch.save({"roberta.embeddings.LayerNorm.bias": Evil()}, src / "pytorch_model.bin")
+    run("convert", src, tmp_path / "worse", "--allow-pickle", status=1)
+    assert names_in(tmp_path) == ["out", "stock"]
+
+
+def test_what_stock_transformers_leaves_out(run, tmp_path):
+    """A checkpoint with a pooler that its class has no place for, and one without the pooler that its class wants."""
+    stock("RobertaForMaskedLM").save_pretrained(tmp_path / "stock")
+    file = tmp_path / "stock" / "model.safetensors"
+    save_file({**load_file(file), "roberta.pooler.dense.bias": torch.zeros(32)}, file, {"format": "pt"})
+    assert "left out  roberta.pooler.dense.bias" in run("convert", tmp_path / "stock", tmp_path / "a")
+    type(stock("BertModel"))(stock("BertModel").config, add_pooling_layer=False).save_pretrained(tmp_path / "bare")
+    assert "has no pooler" in run("convert", tmp_path / "bare", tmp_path / "b")
+    run("export", tmp_path / "b", tmp_path / "c")
+    assert (
+        load_file(tmp_path / "c" / "model.safetensors").keys()
+        == load_file(tmp_path / "bare" / "model.safetensors").keys()
+    )
+
+
+def test_verify(run, src, texts, tmp_path, monkeypatch):
+    run("convert", src, tmp_path / "out")
+    for options in ((), ("--batch", texts), ("--autocast", "bf16", "--engine", "reprop")):
+        out = run("verify", tmp_path / "out", *options)
+        assert "step  holds: 3 reversible layers: rebuilt states bit-equal, gradients bit-equal" in out
+        assert "memory  holds: one more layer adds" in out
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    (tmp_path / "out" / "config.json").write_text(json.dumps({**config, "grid_bits": None, "beta": 2**-12}))
+    out = run("verify", tmp_path / "out", "--autocast", "bf16", status=1)
+    assert "no grid (states drift)" in out and "step  FALLS SHORT" in out and "off by up to" in out
+    assert "is not a reversible model" in run("verify", src, status=1)
+    assert "not a device" in run("verify", tmp_path / "out", "--device", "abacus", status=1)
+    (tmp_path / "out" / "config.json").write_text(json.dumps({**config, "beta": 0}))
+    assert "nothing to verify" in run("verify", tmp_path / "out", status=1)
+
+
+@pytest.mark.parametrize("how", ["truncated", "no header", "empty"])
+def test_damaged_weights(how, run, src, tmp_path):
+    file = src / SAFETENSORS[0]
+    whole = file.read_bytes()
+    file.write_bytes({"truncated": whole[: len(whole) // 2], "no header": b"\xff" * 400, "empty": b""}[how])
+    damaged = file.read_bytes()
+    assert "are damaged" in run("convert", src, tmp_path / "out", status=1)
+    assert names_in(tmp_path) == ["stock"] and file.read_bytes() == damaged
+
+
+def edit(src, **fields):
+    path = src / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def test_bad_checkpoints(run, src, tmp_path):
+    out = tmp_path / "out"
+    edit(src, hidden_size=64)
+    assert "not those of its configuration" in run("convert", src, out, status=1)
+    edit(src, hidden_size=32, num_hidden_layers=4)
+    assert "lacks 16 tensors of RobertaForSequenceClassification" in run("convert", src, out, status=1)
+    edit(src, num_hidden_layers=3, architectures=["RobertaForCausalLM"])
+    assert "RobertaForCausalLM has no reversible twin: these have" in run("convert", src, out, status=1)
+    edit(src, model_type="gpt2", architectures=["GPT2Model"])
+    assert "GPT2Model has no reversible twin" in run("convert", src, out, status=1)
+    edit(src, model_type="unheard-of")
+    assert "model type 'unheard-of'" in run("convert", src, out, status=1)
+    (src / "config.json").write_text("[1, 2")
+    assert "is not readable JSON" in run("convert", src, out, status=1)
+    (src / "config.json").write_text("[1, 2]")
+    assert "not a JSON object" in run("convert", src, out, status=1)
+    (src / "config.json").unlink()
+    assert "has no config.json" in run("convert", src, out, status=1)
+    (src / "config.json").write_text("{}")
+    assert run("convert", src, out, status=1)
+    assert names_in(tmp_path) == ["stock"]
+
+
+def test_missing_weights(run, src, tmp_path):
+    (src / "model.safetensors").unlink()
+    assert "has no weights" in run("convert", src, tmp_path / "out", status=1)
+    assert "neither a directory nor" in run("convert", tmp_path / "nowhere", tmp_path / "out", status=1)
+    assert "is a file: give the directory" in run("convert", src / "config.json", tmp_path / "out", status=1)
+
+
+def test_weights_that_are_not_numbers(run, src, tmp_path):
+    weights = load_file(src / "model.safetensors")
+    weights["classifier.dense.bias"][3] = float("nan")
+    save_file(weights, src / "model.safetensors", {"format": "pt"})
+    assert "classifier.dense.bias" in run("convert", src, tmp_path / "out", status=1)
+    assert names_in(tmp_path) == ["stock"]
+
+
+def test_bad_options(run, src, texts, tmp_path):
+    out = tmp_path / "out"
+    assert "beta=0.3 is not 0, 1 or a negative power of two" in run("convert", src, out, "--beta", 0.3, status=1)
+    for layers in ("2-3", "2-1", "-1", "a", "", "0-1,7"):
+        assert "not a range of layers from 0 to 2" in run("convert", src, out, "--layers", layers, status=1)
+    assert "anchor_every=0" in run("convert", src, out, "--anchor-every", 0, status=1)
+    assert "lower anchor_every" in run("convert", src, out, "--beta", 2**-12, "--anchor-every", 3, status=1)
+    assert "no text in it" in run("convert", src, out, "--calibrate", _empty(tmp_path), status=1)
+    assert "does not exist" in run("convert", src, out, "--calibrate", tmp_path / "x", status=1)
+    assert "not plain text" in run("convert", src, out, "--calibrate", src / "config.json", status=1)
+    assert "--dtype" in run("convert", src, out, "--dtype", "int8", status=2)
+    (src / "tokenizer.json").unlink()
+    (src / "tokenizer_config.json").unlink()
+    assert "has no tokenizer" in run("convert", src, out, "--calibrate", texts, status=1)
+    assert not out.exists()
+
+
+def _empty(tmp_path):
+    (tmp_path / "empty.txt").write_text(" \n\n")
+    return tmp_path / "empty.txt"
+
+
+def test_what_exists_is_kept(run, src, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("keep")
+    assert "add --overwrite" in run("convert", src, out, status=1)
+    edit(src, num_hidden_layers=4)
+    run("convert", src, out, "--overwrite", status=1)
+    assert names_in(out) == ["mine"]
+    edit(src, num_hidden_layers=3)
+    run("convert", src, out, "--overwrite")
+    assert "mine" not in names_in(out) and "model.safetensors" in names_in(out)
+    assert "is the source itself" in run("convert", src, src, "--overwrite", status=1)
+    assert "is the source itself" in run("export", out, out, "--overwrite", status=1)
+    assert names_in(tmp_path) == ["out", "stock"]
+
+
+@pytest.mark.parametrize("command", ["convert", "export"])
+def test_a_full_disk(command, run, src, tmp_path):
+    """A limit on the size of files, which writing the weights runs into."""
+    old = tmp_path / "old"
+    run("convert", src, old)
+    before = names_in(old)
+    target = tmp_path / "new"
+    program = "import sys; from hf_pareprop.tools.cli import main; main()"
+    for out, options in ((target, []), (old if command == "convert" else target, ["--overwrite"])):
+        result = subprocess.run(
+            [sys.executable, "-c", program, command, str(src if command == "convert" else old), str(out), *options],
+            capture_output=True,
+            text=True,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)),
+        )
+        assert result.returncode == 1, result.stdout + result.stderr
+        assert result.stderr.startswith("error: cannot write") and "Nothing was left there" in result.stderr
+    assert names_in(old) == before and names_in(tmp_path) == ["old", "stock"]
+
+
+def test_help(run):
+    assert all(command in run("--help") for command in ("convert", "export", "verify"))
+
+
+def test_sizes_of_the_tests_fit():
+    """What the messages above name."""
+    assert len(WORDS) == TEXT["vocab_size"] and IMAGE["image_size"] == 12
