@@ -47,13 +47,14 @@ DEFAULTS = dict(per_device_train_batch_size=4, num_train_epochs=2, learning_rate
 DEFAULTS |= dict(save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True)
 
 
-def train(family, folder, engine="pareprop", model=None, stop=None, resume=None, **arguments):
+def train(family, folder, engine="pareprop", model=None, stop=None, resume=None, callbacks=(), **arguments):
     """Losses by step, and the trained parameters."""
     model = model or family.build(2, 0.1, beta=0.5)
     if hasattr(model, "set_backward_engine"):
         model.set_backward_engine(engine)
     args = TrainingArguments(str(folder), **{**DEFAULTS, **arguments})
-    trainer = Trainer(model, args, train_dataset=Samples(family), callbacks=[Stop(stop)] if stop else [])
+    callbacks = [*callbacks, *([Stop(stop)] if stop else [])]
+    trainer = Trainer(model, args, train_dataset=Samples(family), callbacks=callbacks)
     trainer.train(resume_from_checkpoint=resume)
     losses = {row["step"]: row["loss"] for row in trainer.state.log_history if "loss" in row}
     return losses, {n: p.detach().clone() for n, p in trainer.model.named_parameters()}

@@ -41,10 +41,11 @@ class BetaSchedule(TrainerCallback):
         """Stages of equal length from the fraction `start` of the training to its end."""
         return cls({start + i * (1 - start) / len(caps): cap for i, cap in enumerate(caps)})
 
-    def betas(self, progress: float) -> list[float]:
-        """One `beta` per layer at a fraction of the training."""
+    def beta(self, progress: float) -> float | list[float]:
+        """`beta` at a fraction of the training: one number if all layers have the same, otherwise one per layer."""
         cap = next((cap for fraction, cap in reversed(self.caps.items()) if fraction <= progress), 1.0)
-        return [min(beta, cap) for beta in self._own]
+        betas = [min(beta, cap) for beta in self._own]
+        return betas[0] if len(set(betas)) == 1 else betas
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if args.load_best_model_at_end:
@@ -55,14 +56,15 @@ class BetaSchedule(TrainerCallback):
         reversible = _reversible(model)
         config = reversible.config
         self._own = betas_per_layer(config.beta, config.num_hidden_layers)
-        for fraction in self.caps:
-            reversible.set_beta(self.betas(fraction))
-        reversible.set_beta(list(self._own))
+        own = config.beta
+        for fraction in self.caps:  # a stage that the bit budget does not allow is refused now, not in mid-training
+            reversible.set_beta(self.beta(fraction))
+        reversible.set_beta(own)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        reversible, betas = _reversible(model), self.betas(state.global_step / state.max_steps)
-        if reversible.config.beta != betas:
-            reversible.set_beta(betas)
+        reversible, beta = _reversible(model), self.beta(state.global_step / state.max_steps)
+        if reversible.config.beta != beta:
+            reversible.set_beta(beta)
 
 
 def _reversible(model: Any) -> ReversiblePreTrainedModel:

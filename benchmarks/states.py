@@ -1,0 +1,137 @@
+"""Where the bits go that beta = 2^-m appends to a state: fp64 states, or 32-bit states and the bits shifted out.
+
+    python benchmarks/states.py [--device cuda]
+
+Times one state update and its inverse, as every step of a reversible layer does them, and says what each keeps.
+``fp64`` is what the package does. ``packed`` holds states as 32-bit multiples of the grid, shifts m bits out at every
+update, and packs them into bytes, one buffer per step.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from report import cpu_model, save, software
+from torch import Tensor
+
+from hf_pareprop.coupling import LayerPlan, advance, read, retreat
+
+GRID_BITS = 12
+SIZES = {"8 x 128 x 384": (8, 128, 384), "32 x 512 x 768": (32, 512, 768)}
+"""Batch, length and width."""
+
+
+def fp64(value: Tensor, previous: Tensor, plan: LayerPlan) -> Tensor:
+    """Forward and back: what a step reads, the next state, and the previous one again."""
+    following = advance(value, previous, plan)
+    read(following, torch.float32)
+    return retreat(value, following, plan)
+
+
+def packed(value: Tensor, previous: Tensor, m: int) -> Tensor:
+    """The same with 32-bit integers."""
+    rounded = (value * 2**GRID_BITS).round_().to(torch.int32)
+    bits = pack(previous & (2**m - 1), m)
+    following = rounded + (previous >> m)
+    following.to(torch.float32).mul_(2.0**-GRID_BITS)  # what a step reads
+    return ((following - rounded) << m) | unpack(bits, m, previous.shape)
+
+
+def pack(bits: Tensor, m: int) -> Tensor:
+    """``m`` of 1, 2 or 4 bits per element as bytes."""
+    shifts = torch.arange(0, 8, m, device=bits.device, dtype=torch.int32)
+    return (bits.view(-1, 8 // m) << shifts).sum(-1, dtype=torch.int32).to(torch.uint8)
+
+
+def unpack(packed_bits: Tensor, m: int, shape: torch.Size) -> Tensor:
+    shifts = torch.arange(0, 8, m, device=packed_bits.device, dtype=torch.int32)
+    return ((packed_bits.to(torch.int32).unsqueeze(-1) >> shifts) & (2**m - 1)).view(shape)
+
+
+def milliseconds(work: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return 1e3 * (time.perf_counter() - began)
+
+
+def measure(size: tuple[int, int, int], m: int, device: torch.device, repeats: int) -> dict[str, float]:
+    """Median times, in rounds over both; the states that come back are checked to be the ones that went in."""
+    torch.manual_seed(0)
+    value = torch.randn(size, device=device)
+    units = torch.randint(-(2**24), 2**24, size, device=device, dtype=torch.int32)
+    state = units.double() * 2.0 ** -(GRID_BITS + m)
+    plan = LayerPlan(2.0**-m, GRID_BITS, torch.float64)
+    works: dict[str, Callable[[], Tensor]] = {
+        "fp64": partial(fp64, value, state, plan),
+        "packed": partial(packed, value, units, m),
+    }
+    assert torch.equal(works["fp64"](), state) and torch.equal(works["packed"](), units)
+    samples: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(repeats):
+        for name, work in works.items():
+            samples[name].append(milliseconds(work, device))
+    return {name: statistics.median(times) for name, times in samples.items()}
+
+
+def bytes_kept(steps: int, m: int) -> dict[str, float]:
+    """Per element of a state, above two fp32 states: wider states and anchors, or a buffer of bits per step."""
+    layers, room = steps // 2, (53 - GRID_BITS - 12) // m
+    return {"fp64": 8.0 + 16 * max(0, -(-layers // room) - 1), "packed": steps * m / 8}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
+    parser.add_argument("--repeats", type=int, default=21)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no CUDA device here.")
+    device = torch.device(args.device)
+    name = (
+        torch.cuda.get_device_name() if device.type == "cuda" else f"{cpu_model()}, {torch.get_num_threads()} threads"
+    )
+    results = []
+    print(f"{name}\n| states | m | fp64, ms | packed, ms | packed / fp64 |\n|---|---|---|---|---|")
+    for label, size in SIZES.items():
+        for m in (1, 2, 4):
+            found = measure(size, m, device, args.repeats)
+            results.append({"size": label, "m": m, **found})
+            ratio = found["packed"] / found["fp64"]
+            print(f"| {label} | {m} | {found['fp64']:.2f} | {found['packed']:.2f} | {ratio:.2f} |")
+    print("\nbytes per element above two fp32 states:\n| layers | m | fp64 and anchors | packed |\n|---|---|---|---|")
+    kept = [{"layers": n, "m": m, **bytes_kept(2 * n, m)} for n in (6, 12, 24, 48) for m in (1, 2, 4)]
+    for row in kept:
+        print(f"| {row['layers']} | {row['m']} | {row['fp64']:.0f} | {row['packed']:.1f} |")
+    args.out.mkdir(parents=True, exist_ok=True)
+    whole = json.dumps({"device": name, **software(), "times": results, "bytes": kept}, indent=1) + "\n"
+    save(args.out / f"states-{args.device}.json", lambda file: file.write_text(whole))
+    save(args.out / f"states-{args.device}.png", lambda file: plot(results, name).savefig(file, dpi=110, format="png"))
+
+
+def plot(results: list[dict], title: str):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5, 3.5), layout="constrained")
+    axes = figure.subplots()
+    labels = [f"{r['size']}\nm={r['m']}" for r in results]
+    for i, method in enumerate(("fp64", "packed")):
+        axes.bar([x + 0.4 * i for x in range(len(results))], [r[method] for r in results], 0.4, label=method)
+    axes.set_xticks([x + 0.2 for x in range(len(results))], labels, fontsize=7)
+    axes.set(ylabel="ms, update and inverse", yscale="log", title=title)
+    axes.legend(frameon=False)
+    return figure
+
+
+if __name__ == "__main__":
+    main()
