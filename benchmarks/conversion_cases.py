@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, DataCollatorWithPadding, Trainer, Traine
 import hf_pareprop as hp
 from hf_pareprop.engine import named_parameters_of
 from hf_pareprop.modeling_rev_roberta import apply_norm
+from hf_pareprop.tools.memory import peak_bytes
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import assets
@@ -213,10 +214,11 @@ def fidelity(job: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         ``cosine``: mean over tokens of the last hidden states' to the original's; ``score``: masked accuracy of the
-        antibody model, test accuracy of the ViT, none of the encoder; ``stock_score``: the original's.
+        antibody model, test accuracy of the ViT, none of the encoder; ``stock_score``: the original's; ``peak_mb`` and
+        ``stock_peak_mb``: memory of a training step of the encoder on 32 texts of 64 tokens, with the engine ``reprop``.
     """
     name, beta = job["model"], job["beta"]
-    result: dict[str, Any] = {"score": None, "stock_score": None}
+    result: dict[str, Any] = {"score": None, "stock_score": None, "peak_mb": None, "stock_peak_mb": None}
     if name == "english-encoder":
         checkpoint = adapted_encoder(beta, job["adapted"]) if job.get("adapted") else assets.english_encoder()
         stock = transformers.RobertaModel.from_pretrained(assets.english_encoder(), add_pooling_layer=False)
@@ -267,7 +269,22 @@ def fidelity(job: Mapping[str, Any]) -> dict[str, Any]:
         result["cosine"] = torch.cosine_similarity(*states, dim=-1).mean().item()
         if name != "english-encoder":
             result |= {"score": score(model), "stock_score": score(stock)}
+    if name == "english-encoder" and not {"granularity", "predictor", "adapted"} & job.keys():
+        model.set_backward_engine("reprop")
+        result |= {"peak_mb": step_peak(model), "stock_peak_mb": step_peak(stock)}
     return result
+
+
+def step_peak(model) -> float:
+    ids = torch.randint(1000, 20000, (32, 64), generator=torch.Generator().manual_seed(0))
+    model.train().get_input_embeddings().requires_grad_(False)  # its gradient would hide the activations
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            model(ids)[0].float().square().mean().backward()
+
+    step()  # allocates the gradients
+    return peak_bytes(step, model.device) / 2**20
 
 
 def hidden(model, batch: Mapping[str, Tensor]) -> Tensor:

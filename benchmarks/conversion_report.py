@@ -47,21 +47,25 @@ def table(results: Sequence[Row]) -> str:
 def _before(results: Sequence[Row]) -> str:
     rows = [r for r in results if "model" in r]
     models = list(dict.fromkeys(r["model"] for r in rows))
-    lines = [["before any training", *(f"{m}: cosine (score)" for m in models)]]
+    lines = [["before any training", *(f"{m}: cosine (score), step" for m in models)]]
     for name in dict.fromkeys(name_of(r) for r in rows):
         found = {r["model"]: r for r in rows if name_of(r) == name}
         lines.append([name, *(_fidelity(found.get(m)) for m in models)])
-    scores = {r["model"]: r["stock_score"] for r in rows}
-    lines.insert(1, ["stock", *("1.000" + _score(scores[m]) for m in models)])
+    stock = {r["model"]: (r["stock_score"], r["stock_peak_mb"]) for r in reversed(rows)}
+    lines.insert(1, ["stock", *("1.000" + _score(stock[m][0]) + _peak(stock[m][1]) for m in models)])
     return _markdown(lines) if rows else ""
 
 
 def _fidelity(row: Row | None) -> str:
-    return "" if row is None else f"{row['cosine']:.3f}" + _score(row["score"])
+    return "" if row is None else f"{row['cosine']:.3f}" + _score(row["score"]) + _peak(row["peak_mb"])
 
 
 def _score(score: float | None) -> str:
     return "" if score is None else f" ({100 * score:.1f} %)"
+
+
+def _peak(peak_mb: float | None) -> str:
+    return "" if peak_mb is None else f", {peak_mb:.0f} MB"
 
 
 def _after(results: Sequence[Row]) -> str:
