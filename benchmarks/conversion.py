@@ -39,6 +39,8 @@ def before() -> Iterator[Job]:
             if model == "english-encoder":
                 yield {"model": model, "beta": beta, "granularity": "layer"}
                 yield {"model": model, "beta": beta, "predictor": True}
+    for grid_bits in (4, 6, 8, 16):
+        yield {"model": "english-encoder", "beta": 1 / 16, "grid_bits": grid_bits}
     for kept in (1, 2, 3):
         yield {"model": "english-encoder", "beta": [0.0] * kept + [0.5] * (6 - kept)}
         yield {"model": "english-encoder", "beta": [0.5] * (6 - kept) + [0.0] * kept}
@@ -132,7 +134,7 @@ def run(job: Job) -> Job:
 
 
 def key(job: Job) -> str:
-    fields = ("model", "task", "seed", "beta", "granularity", "predictor", "schedule", "adapted")
+    fields = ("model", "task", "seed", "beta", "granularity", "predictor", "schedule", "adapted", "grid_bits")
     return json.dumps([job.get(field) for field in fields])
 
 

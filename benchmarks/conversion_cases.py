@@ -210,7 +210,8 @@ def fidelity(job: Mapping[str, Any]) -> dict[str, Any]:
     """How close a converted model is to the original before training.
 
     Args:
-        job: ``model``: english-encoder, antibody-roberta or fashion-vit; ``beta``; ``granularity``; ``predictor``.
+        job: ``model``: english-encoder, antibody-roberta or fashion-vit; ``beta``; ``granularity``; ``predictor``;
+            ``grid_bits``.
 
     Returns:
         ``cosine``: mean over tokens of the last hidden states' to the original's; ``score``: masked accuracy of the
@@ -222,7 +223,9 @@ def fidelity(job: Mapping[str, Any]) -> dict[str, Any]:
     if name == "english-encoder":
         checkpoint = adapted_encoder(beta, job["adapted"]) if job.get("adapted") else assets.english_encoder()
         stock = transformers.RobertaModel.from_pretrained(assets.english_encoder(), add_pooling_layer=False)
-        model = hp.RevRobertaModel.from_pretrained(checkpoint, beta=beta, add_pooling_layer=False)
+        model = hp.RevRobertaModel.from_pretrained(
+            checkpoint, beta=beta, grid_bits=job.get("grid_bits", 12), add_pooling_layer=False
+        )
         tokenizer = AutoTokenizer.from_pretrained(assets.english_encoder())
         texts = assets.rotten_tomatoes()["train"]["text"]
         batch, probe = (

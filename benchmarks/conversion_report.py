@@ -25,6 +25,8 @@ def name_of(row: Row) -> str:
         name = f"beta {_fraction(max(beta))}, {which} {kept} layers conventional"
     else:
         name = f"beta {_fraction(beta)}"
+    if row.get("grid_bits"):
+        name += f", grid of {row['grid_bits']} bits"
     if row.get("granularity"):
         name += ", coupled by layer"
     if row.get("predictor"):

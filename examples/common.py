@@ -18,6 +18,7 @@ from datasets import DatasetDict
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import hf_pareprop
+from hf_pareprop import BetaSchedule
 from hf_pareprop.tools.cards import training_card
 
 METHODS = ("plain", "checkpointing", "reprop", "pareprop")
@@ -39,10 +40,16 @@ class RunArguments:
     )
     compare: bool = field(default=False, metadata={"help": "run every method, each in a process of its own"})
     seeds: int = field(default=1, metadata={"help": "how many seeds, counted up from --seed"})
+    anneal_from: float | None = field(
+        default=None,
+        metadata={"help": "fraction of the training from which beta goes to 0, so that the result is a stock model"},
+    )
 
     def __post_init__(self) -> None:
         if self.seeds < 1:
             raise ValueError(f"--seeds {self.seeds}: at least one run is needed.")
+        if self.anneal_from is not None and not 0 <= self.anneal_from < 1:
+            raise ValueError(f"--anneal_from {self.anneal_from}: a fraction of the training, 0 to 1, is expected.")
 
 
 class Meter(TrainerCallback):
@@ -129,6 +136,8 @@ def train(
         callbacks=[meter],
         **trainer_arguments,
     )
+    if run.anneal_from is not None and run.method not in STOCK:
+        trainer.add_callback(BetaSchedule.anneal(run.anneal_from))
     trainer.train()
     accuracy = trainer.evaluate()["eval_accuracy"]
     trainer.save_model()

@@ -45,6 +45,46 @@ def test_text_example(tmp_path):
 
 
 @pytest.mark.slow
+def test_annealing_example(tmp_path):
+    run("examples/finetune_image.py", "--max_steps", 12, "--anneal_from", 0.3, "--output_dir", tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["beta"] == 0
+
+
+@pytest.mark.slow
+def test_adaptation_example(tmp_path):
+    """Some steps bring a converted encoder closer to its original; the result is an ordinary checkpoint."""
+    (tmp_path / "texts.txt").write_text("\n".join(f"sentence number {i} of a few" for i in range(40)))
+    files = ["--train_file", tmp_path / "texts.txt", "--output_dir", tmp_path / "out"]
+    result = run("examples/adapt.py", *files, "--steps", 8, "--batch_size", 4, "--max_length", 12)
+    first, last = (float(part.split()[0]) for part in result.stdout.split("original: ")[1].split(" at first, "))
+    assert 0 < last < first
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["beta"] == 0.5
+    assert "self-distillation" in (tmp_path / "out" / "README.md").read_text()
+    failed = run("examples/adapt.py", *files, "--steps", 8, "--batch_size", 64, code=1)
+    assert "40 texts do not fill a batch of 64" in failed.stderr
+
+
+@pytest.mark.slow
+def test_conversion_study(tmp_path):
+    """The plot and the tables of the quickest part, and of a second run, which has nothing left to do."""
+    results = ROOT / "benchmarks" / "results" / "conversion.json"
+    rows = json.loads(results.read_text())["results"]
+    (tmp_path / "conversion.json").write_text(json.dumps({"results": rows}))
+    result = run("benchmarks/conversion.py", "--parts", "main", "--seeds", 1, "--out", tmp_path)
+    assert "| stock |" in result.stdout and (tmp_path / "conversion.png").stat().st_size > 10_000
+    before = {"model": "antibody-roberta", "beta": 0.5}
+    found = run("benchmarks/conversion.py", "--child", json.dumps(before)).stdout
+    assert '"score": ' in found and '"cosine": ' in found
+
+
+@pytest.mark.slow
+def test_states_benchmark(tmp_path):
+    result = run("benchmarks/states.py", "--device", "cpu", "--repeats", 1, "--out", tmp_path)
+    assert "packed / fp64" in result.stdout
+    assert len(json.loads((tmp_path / "states-cpu.json").read_text())["times"]) == 6
+
+
+@pytest.mark.slow
 def test_text_example_on_files(tmp_path):
     """A stock checkpoint and data of one's own."""
     import assets
@@ -61,6 +101,7 @@ def test_text_example_on_files(tmp_path):
 
 def test_bad_arguments():
     assert "--seeds 0: at least one run" in run("examples/finetune_image.py", "--seeds", 0, code=1).stderr
+    assert "--anneal_from 2.0: a fraction" in run("examples/finetune_image.py", "--anneal_from", 2, code=1).stderr
     assert "invalid choice: 'fast'" in run("examples/finetune_image.py", "--method", "fast", code=2).stderr
 
 
