@@ -3,9 +3,12 @@
 from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers.utils import logging
 
 from .coupling import LayerPlan, plan_layers
 from .engine import get_engine
+
+logger = logging.get_logger(__name__)
 
 
 class ReversibleConfig(PreTrainedConfig):
@@ -76,6 +79,11 @@ class ReversibleConfig(PreTrainedConfig):
             raise ValueError(
                 f"{pretrained_model_name_or_path!r} is a checkpoint of model type {found!r}, which {cls.__name__} cannot "
                 f"load: it takes {cls.model_type!r} and {', '.join(map(repr, cls.stock_model_types))}."
+            )
+        if "beta" not in kwargs:
+            logger.warning_once(
+                f"{pretrained_model_name_or_path} is a stock checkpoint and becomes reversible at beta=0.5, which changes "
+                "what it computes. For fine-tuning beta=0.0625 keeps more of what it knows: give beta to choose."
             )
         # Through the stock class, because a configuration file may leave out fields that are at its defaults.
         return cls.from_stock_dict({**CONFIG_MAPPING[found].from_dict(config_dict).to_dict(), **config_dict}), kwargs

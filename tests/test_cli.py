@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from families import IMAGE, TEXT
+from loopback import Hub, Repository
 from safetensors.torch import load_file, save_file
 from test_architectures import stock
 from tokenizers import Tokenizer
@@ -177,6 +178,33 @@ def test_pickled_weights(run, src, tmp_path):
     torch.save({"roberta.embeddings.LayerNorm.bias": Evil()}, src / "pytorch_model.bin")
     run("convert", src, tmp_path / "worse", "--allow-pickle", status=1)
     assert names_in(tmp_path) == ["out", "stock"]
+
+
+def test_a_checkpoint_on_the_hub(src, tmp_path):
+    """By its id; one that does not exist is an error."""
+    hub = Hub()
+    hub.repositories["someone/stock"] = repository = Repository()
+    repository.files = {path.name: path.read_bytes() for path in src.iterdir()}
+    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+    env.pop("HF_HUB_OFFLINE", None)
+    program = "from hf_pareprop.tools.cli import main; main()"
+    try:
+        good, bad = (
+            subprocess.run(
+                [sys.executable, "-c", program, "convert", name, str(tmp_path / "out" / name)],
+                capture_output=True,
+                text=True,
+                env=env,
+            )
+            for name in ("someone/stock", "someone/else")
+        )
+    finally:
+        hub.stop()
+    assert good.returncode == 0, good.stderr
+    card = (tmp_path / "out" / "someone" / "stock" / "README.md").read_text()
+    assert "base_model: someone/stock" in card and "| base model | someone/stock |" in card
+    assert bad.returncode == 1 and "neither a directory nor a model that the Hub gives" in bad.stderr
+    assert names_in(tmp_path / "out" / "someone") == ["stock"]
 
 
 def test_what_stock_transformers_leaves_out(run, tmp_path):

@@ -114,6 +114,15 @@ def test_there_and_back_is_the_identity(head):
     assert a == b
 
 
+def test_the_default_beta_is_announced(tmp_path, caplog):
+    """Loading a stock checkpoint changes what it computes, so it says so, unless beta was chosen."""
+    stock("ViTModel").save_pretrained(tmp_path)
+    hp.RevViTModel.from_pretrained(tmp_path, beta=0.5)
+    assert "beta" not in caplog.text
+    hp.RevViTModel.from_pretrained(tmp_path)
+    assert f"{tmp_path} is a stock checkpoint and becomes reversible at beta=0.5" in caplog.text
+
+
 def test_tied_weights_stay_tied():
     converted = hp.to_reversible(stock("RobertaForMaskedLM"))
     assert converted.lm_head.decoder.weight is converted.roberta.embeddings.word_embeddings.weight

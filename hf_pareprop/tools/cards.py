@@ -1,5 +1,6 @@
 """Model cards: what a reversible checkpoint is, how it was trained, how to load it."""
 
+import re
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -32,15 +33,17 @@ def model_card(
 
     Args:
         model_name: directory or Hub id to load it from.
-        base_model: the checkpoint that was converted, or `trained from scratch`.
+        base_model: the checkpoint that was converted, or `trained from scratch`; a Hub id becomes metadata, too.
         accuracy: between 0 and 1.
     """
     name, config = type(model).__name__, model.config
     auto_class = next((auto for auto, cls in model.auto_map.items() if cls.endswith("." + name)), "AutoModel")
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base_model) and not Path(base_model).exists()
     data = ModelCardData(
         library_name="transformers",
         tags=list(model.model_tags or []),
         pipeline_tag=_PIPELINES.get(auto_class),
+        base_model=base_model if on_hub else None,
     )
     return ModelCard.from_template(
         data,
