@@ -129,6 +129,13 @@ def test_interpolated_positions_with_a_distillation_token(size):
     assert_same_function(model, hp.to_reversible(model, beta=0), batch)
 
 
+def test_a_class_of_ones_own():
+    class Mine(hp.RevRobertaModel):
+        pass
+
+    assert type(hp.to_stock(Mine(hp.RevRobertaConfig(**TEXT, num_hidden_layers=1)))) is transformers.RobertaModel
+
+
 def test_what_has_no_twin():
     with pytest.raises(ValueError, match="hidden_act='relu'.*convert BertModel"):
         hp.to_reversible(stock("BertForMaskedLM", hidden_act="relu"))

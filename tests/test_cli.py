@@ -162,6 +162,9 @@ def test_shards(run, tmp_path):
     assert all(torch.equal(tensor, back[name]) for name, tensor in model.state_dict().items())
     next((tmp_path / "stock").glob("*.safetensors")).unlink()
     assert "cannot be read" in run("convert", tmp_path / "stock", tmp_path / "new", status=1)
+    (tmp_path / "stock" / "model.safetensors.index.json").write_text("{")
+    assert "cannot be read" in run("convert", tmp_path / "stock", tmp_path / "new", status=1)
+    assert names_in(tmp_path) == ["back", "out", "stock"]
 
 
 def test_pickled_weights(run, src, tmp_path):
@@ -269,6 +272,10 @@ def test_bad_checkpoints(run, src, tmp_path):
     assert "is not readable JSON" in run("convert", src, out, status=1)
     (src / "config.json").write_text("[1, 2]")
     assert "not a JSON object" in run("convert", src, out, status=1)
+    (src / "tokenizer_config.json").write_text("{,")
+    stock("RobertaForSequenceClassification").config.save_pretrained(src)
+    edit(src, architectures=["RobertaForSequenceClassification"])
+    assert "tokenizer_config.json is not readable JSON" in run("convert", src, out, status=1)
     (src / "config.json").unlink()
     assert "has no config.json" in run("convert", src, out, status=1)
     (src / "config.json").write_text("{}")

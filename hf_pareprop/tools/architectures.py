@@ -49,9 +49,16 @@ class Architecture:
     positions_start_at_zero: bool = False
 
     def stock_class(self, cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
-        """The stock twin of a reversible class."""
-        head = next(head for head, twin in self.heads.items() if twin.__name__ == cls.__name__)
-        return getattr(transformers, self.prefix + head)
+        """The stock twin of a reversible class or of one derived from it, also of one loaded as remote code.
+
+        Raises:
+            ValueError: there is none.
+        """
+        names = {base.__name__ for base in cls.__mro__}
+        for head, twin in self.heads.items():
+            if twin.__name__ in names:
+                return getattr(transformers, self.prefix + head)
+        raise ValueError(f"{cls.__name__} has no stock twin among the classes of {self.model_type!r}.")
 
     def reversible_name(self, name: str, head: str, known: Container[str]) -> str:
         """What the reversible model calls the stock parameter ``name``; ``known`` are its parameters."""

@@ -104,13 +104,17 @@ def open_source(name: str) -> Source:
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{name} has no config.json: give the directory of a checkpoint of transformers.")
+    return Source(name, folder, _read_json(path))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path} is not readable JSON: {error}.") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} is not a JSON object but a {type(config).__name__}.")
-    return Source(name, folder, config)
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} is not a JSON object but a {type(found).__name__}.")
+    return found
 
 
 def load_stock(source: Source, *, dtype: str = "auto", allow_pickle: bool = False) -> Loaded:
@@ -184,7 +188,7 @@ def _load(source: Source, cls: type[PreTrainedModel], dtype: str, pickled: bool,
         raise CheckpointError(
             f"the weights of {source.name} are damaged: {error}. Download or save them again."
         ) from error
-    except (OSError, EOFError, KeyError, pickle.UnpicklingError) as error:
+    except (OSError, EOFError, KeyError, json.JSONDecodeError, pickle.UnpicklingError) as error:
         raise CheckpointError(
             f"the weights of {source.name} cannot be read: {' '.join(str(error).split())}"
         ) from error
@@ -223,7 +227,7 @@ def copy_companions(source: Source, folder: Path, model_type: str) -> list[str]:
     tokenizer = TOKENIZER_MAPPING_NAMES.get(model_type)
     path = folder / "tokenizer_config.json"
     if tokenizer and source.has_vocabulary():
-        config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        config = _read_json(path) if path.exists() else {}
         if "tokenizer_class" not in config:
             path.write_text(json.dumps({**config, "tokenizer_class": tokenizer}, indent=2) + "\n", encoding="utf-8")
     return names
