@@ -34,7 +34,7 @@ GROW = ((0.0, 1 / 16), (0.1, 1 / 8), (0.2, 1 / 4), (0.3, 1.0))
 def before() -> Iterator[Job]:
     """Fidelity before training."""
     for model in ("english-encoder", "antibody-roberta", "fashion-vit"):
-        for beta in (*BETAS, 1 / 16):
+        for beta in (*BETAS, 1 / 16, 1 / 32):
             yield {"model": model, "beta": beta}
             if model == "english-encoder":
                 yield {"model": model, "beta": beta, "granularity": "layer"}
@@ -48,7 +48,7 @@ def before() -> Iterator[Job]:
 
 def main_part(seed: int) -> Iterator[Job]:
     """Fine-tuning the converted encoder, against the stock one."""
-    for beta in (None, 1 / 16, 1 / 8, 1 / 4):
+    for beta in (None, 1 / 16, 1 / 8, 1 / 4, 1 / 32):
         for task in TEXT:
             yield {"task": task, "seed": seed, "beta": beta}
 

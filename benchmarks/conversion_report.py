@@ -127,7 +127,7 @@ def plot(results: Sequence[Row]) -> "Figure":
 
     figure = Figure(figsize=(6.5, 4), layout="constrained")
     axes = figure.subplots()
-    betas = [1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0]
+    betas = [1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0]
     for task in dict.fromkeys(r["task"] for r in results if "task" in r):
         points = [(b, difference(results, f"beta {_fraction(b)}", task)) for b in betas]
         points = [(b, d) for b, d in points if d is not None]
