@@ -41,6 +41,8 @@ def before() -> Iterator[Job]:
                 yield {"model": model, "beta": beta, "predictor": True}
     for grid_bits in (4, 6, 8, 16):
         yield {"model": "english-encoder", "beta": 1 / 16, "grid_bits": grid_bits}
+    for beta in (1 / 4, 1 / 8, 1 / 16):
+        yield {"model": "english-encoder", "beta": [beta] * 5 + [0.0]}
     for kept in (1, 2, 3):
         yield {"model": "english-encoder", "beta": [0.0] * kept + [0.5] * (6 - kept)}
         yield {"model": "english-encoder", "beta": [0.5] * (6 - kept) + [0.0] * kept}
@@ -48,7 +50,7 @@ def before() -> Iterator[Job]:
 
 def main_part(seed: int) -> Iterator[Job]:
     """Fine-tuning the converted encoder, against the stock one."""
-    for beta in (None, 1 / 16, 1 / 8, 1 / 4, 1 / 32):
+    for beta in (None, 1 / 16, 1 / 8, 1 / 4):
         for task in TEXT:
             yield {"task": task, "seed": seed, "beta": beta}
 
@@ -58,6 +60,13 @@ def large(seed: int) -> Iterator[Job]:
     for beta in (1 / 2, 1.0):
         for task in TEXT:
             yield {"task": task, "seed": seed, "beta": beta}
+
+
+def hybrid(seed: int) -> Iterator[Job]:
+    """The same with the last layer conventional."""
+    for beta in (1 / 16, 1 / 8):
+        for task in TEXT:
+            yield {"task": task, "seed": seed, "beta": [beta] * 5 + [0.0]}
 
 
 def image(seed: int) -> Iterator[Job]:
@@ -79,16 +88,16 @@ def adapted(seed: int) -> Iterator[Job]:
 
 
 def variants(seed: int) -> Iterator[Job]:
-    """Growing beta, layers instead of sub-blocks, and the last two layers conventional; on one task."""
+    """Growing beta, and layers instead of sub-blocks; on one task."""
     task = "rotten-tomatoes"
     yield {"task": task, "seed": seed, "beta": 0.25, "schedule": GROW}
-    yield {"task": task, "seed": seed, "beta": [0.25] * 4 + [0.0] * 2}
     for beta in (1 / 8, 1 / 4):
         yield {"task": task, "seed": seed, "beta": beta, "granularity": "layer"}
 
 
 SEEDED = {
     "main": main_part,
+    "hybrid": hybrid,
     "return": way_back,
     "adapted": adapted,
     "image": image,

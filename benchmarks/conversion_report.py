@@ -22,7 +22,7 @@ def name_of(row: Row) -> str:
     if isinstance(beta, list):
         kept = beta.count(0.0)
         which = "first" if beta[0] == 0 else "last"
-        name = f"beta {_fraction(max(beta))}, {which} {kept} layers conventional"
+        name = f"beta {_fraction(max(beta))}, {which} {f'{kept} layers' if kept > 1 else 'layer'} conventional"
     else:
         name = f"beta {_fraction(beta)}"
     if row.get("grid_bits"):
@@ -53,8 +53,11 @@ def _before(results: Sequence[Row]) -> str:
     for name in dict.fromkeys(name_of(r) for r in rows):
         found = {r["model"]: r for r in rows if name_of(r) == name}
         lines.append([name, *(_fidelity(found.get(m)) for m in models)])
-    stock = {r["model"]: (r["stock_score"], r["stock_peak_mb"]) for r in reversed(rows)}
-    lines.insert(1, ["stock", *("1.000" + _score(stock[m][0]) + _peak(stock[m][1]) for m in models)])
+    first = {
+        (r["model"], what): r[what] for r in rows for what in ("stock_score", "stock_peak_mb") if r[what] is not None
+    }
+    stock = ("1.000" + _score(first.get((m, "stock_score"))) + _peak(first.get((m, "stock_peak_mb"))) for m in models)
+    lines.insert(1, ["stock", *stock])
     return _markdown(lines) if rows else ""
 
 
