@@ -64,7 +64,7 @@ def finetune(job: Mapping[str, Any]) -> dict[str, Any]:
     task, budget = job["task"], BUDGETS[job["task"]]
     data, collator = data_of(task)
     set_seed(job["seed"])
-    model = model_of(job, len(set(data["train"]["label"])))
+    model = model_of(job, len({int(label) for label in data["train"]["label"]}))
     curve = Curve(budget.steps, data["test"].select(range(CURVE_ROWS)))
     schedule = [hp.BetaSchedule(dict(job["schedule"]))] if job.get("schedule") else []
     trainer = trainer_of(model, data, collator, budget, job["seed"], [*schedule, curve])
