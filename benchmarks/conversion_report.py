@@ -74,7 +74,7 @@ def _peak(peak_mb: float | None) -> str:
 
 
 def _after(results: Sequence[Row]) -> str:
-    """Mean over seeds and range; difference to the stock model over the same seeds; the same read as a stock model."""
+    """Mean over seeds and, in brackets, range and number; difference to the stock model over the same seeds; the same read as a stock model."""
     rows = [r for r in results if "task" in r]
     tasks = list(dict.fromkeys(r["task"] for r in rows))
     lines = [["after fine-tuning: accuracy, difference to stock", *tasks]]
@@ -100,9 +100,10 @@ def _accuracy(rows: Sequence[Row], name: str, task: str) -> str:
     if not found:
         return ""
     scores = [100 * r["accuracy"] for r in found.values()]
-    text = f"{statistics.mean(scores):.1f} [{min(scores):.1f}, {max(scores):.1f}]"
+    spread = f"[{min(scores):.1f}, {max(scores):.1f}] {len(scores)} seeds" if len(scores) > 1 else "1 seed"
+    text = f"{statistics.mean(scores):.1f} ({spread})"
     if name == "stock":
-        return text + f", {len(scores)} seeds"
+        return text
     for what, words in (("accuracy", ""), ("accuracy_as_stock", "; as stock ")):
         points = difference(rows, name, task, what)
         text += "" if points is None else f"{words or ', '}{points:+.1f}"
