@@ -38,6 +38,17 @@ def name_of(row: Row) -> str:
     return name
 
 
+def names_of(rows: Sequence[Row]) -> list[str]:
+    """Every variant once: the stock model, the plain betas from large to small, then what is special, by its kind."""
+
+    def order(row: Row) -> tuple[bool, str, float]:
+        kind = name_of(row).partition(",")[2]
+        beta = row["beta"]
+        return beta is not None, kind, -max(beta) if isinstance(beta, list) else -(beta or 0)
+
+    return list(dict.fromkeys(name_of(row) for row in sorted(rows, key=order)))
+
+
 def _fraction(beta: float) -> str:
     return f"{beta:g}" if beta in (0, 1) else f"1/{round(1 / beta)}"
 
@@ -50,7 +61,7 @@ def _before(results: Sequence[Row]) -> str:
     rows = [r for r in results if "model" in r]
     models = list(dict.fromkeys(r["model"] for r in rows))
     lines = [["before any training", *(f"{m}: cosine (score), step" for m in models)]]
-    for name in dict.fromkeys(name_of(r) for r in rows):
+    for name in names_of(rows):
         found = {r["model"]: r for r in rows if name_of(r) == name}
         lines.append([name, *(_fidelity(found.get(m)) for m in models)])
     first = {
@@ -78,7 +89,7 @@ def _after(results: Sequence[Row]) -> str:
     rows = [r for r in results if "task" in r]
     tasks = list(dict.fromkeys(r["task"] for r in rows))
     lines = [["after fine-tuning: accuracy, difference to stock", *tasks]]
-    for name in dict.fromkeys(name_of(r) for r in rows):
+    for name in names_of(rows):
         lines.append([name, *(_accuracy(rows, name, task) for task in tasks)])
     return _markdown(lines) if rows else ""
 
