@@ -10,7 +10,6 @@ import typer
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..coupling import betas_per_layer
 from ..hub import ReversiblePreTrainedModel
 from .architectures import architecture_of
 from .budget import bit_budget
@@ -70,8 +69,8 @@ def convert(
     loaded = load_stock(source, dtype=dtype, allow_pickle=allow_pickle)
     stock = loaded.model
     depth = stock.config.num_hidden_layers
-    betas = beta if layers is None else [beta if i in _layers(layers, depth) else 0.0 for i in range(depth)]
-    betas_per_layer(betas, depth)
+    chosen = set(range(depth)) if layers is None else _layers(layers, depth)
+    betas = beta if len(chosen) == depth else [beta if i in chosen else 0.0 for i in range(depth)]
     model = to_reversible(stock, beta=betas, anchor_every=anchor_every, grid_bits=grid_bits)
     _say("from", f"{src}: {_describe(stock)}")
     _say("to", f"{type(model).__name__}, {len(model.state_dict())} tensors mapped")

@@ -52,8 +52,8 @@ class Growth:
 
 
 def memory_growth(model: ReversiblePreTrainedModel, batch: Mapping[str, Any]) -> Growth:
-    """Measured on copies of the model with random weights: of half and of the whole depth (four at least) for its engine, and of one and
-    two layers for ``autograd``, which may not fit at the whole depth.
+    """Measured on copies of the model with random weights: of half and of the whole depth (four at least) for its
+    engine, and of one and two layers for ``autograd``, which may not fit at the whole depth.
 
     Every layer is reversible in them, at the smallest ``beta`` of the model that is not 0: conventional layers store
     activations, of which there is nothing to measure.
