@@ -6,7 +6,7 @@ Each runs in a process of its own, on one thread, in bf16 autocast; see ``conver
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -55,13 +55,15 @@ def finetune(job: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         job: ``task`` and ``seed``; ``beta``, ``None`` for the stock model, and with one: ``schedule``, pairs of a
-            fraction of the training and the cap from there on; ``granularity``; ``adapted``, steps of self-distillation.
+            fraction of the training and the cap from there on; ``granularity``; ``adapted``, steps of self-distillation;
+            ``steps`` instead of the budget's.
 
     Returns:
         ``accuracy``; ``accuracy_as_stock``, of :func:`to_stock` of the result; ``curve``, after each quarter, on the
         first 400 rows of the test split.
     """
     task, budget = job["task"], BUDGETS[job["task"]]
+    budget = replace(budget, steps=job.get("steps", budget.steps))
     data, collator = data_of(task)
     set_seed(job["seed"])
     model = model_of(job, len({int(label) for label in data["train"]["label"]}))

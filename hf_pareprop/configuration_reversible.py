@@ -22,10 +22,10 @@ class ReversibleConfig(PreTrainedConfig):
         backward_engine (`str`, defaults to `"pareprop"`):
             `"autograd"`, `"reprop"` or `"pareprop"`; the gradients are the same.
         grid_bits (`int` or `None`, defaults to 12):
-            Bits after the binary point kept in what a sub-block adds to the states, so that states are rebuilt bit for
-            bit. `None` turns that off: rebuilt states drift, gradients become approximate.
+            Bits after the binary point of the states, so that they are rebuilt bit for bit. `None` turns that off:
+            rebuilt states drift, gradients become approximate.
         anchor_every (`int` or `None`, defaults to `None`):
-            Store a pair of states after every so many layers; `None` stores one only where exactness needs it.
+            Store a pair of states after every so many layers; `None` stores none, unless the absence of a grid asks for it.
         stock_model_type (`str` or `None`, defaults to `None`):
             Model type of the stock checkpoint that the weights came from, which exporting returns to; `None` is the
             family's own.
@@ -52,10 +52,11 @@ class ReversibleConfig(PreTrainedConfig):
             raise ValueError(f"stock_model_type={self.stock_model_type!r} is not None or one of {', '.join(stock)}.")
 
     def layer_plans(self) -> tuple[LayerPlan, ...]:
-        """How each layer is coupled, with anchors where the bit budget asks for them.
+        """How each layer is coupled.
 
         Raises:
-            ValueError: `beta`, `grid_bits` or `anchor_every` is out of range, or they overrun the bit budget.
+            ValueError: `beta`, `grid_bits` or `anchor_every` is out of range, or states without a grid would drift
+                beyond use.
         """
         return plan_layers(self.beta, self.num_hidden_layers, self.grid_bits, self.anchor_every)
 

@@ -10,10 +10,11 @@ residual ``r_i`` and a branch ``f_i``. With ``s[-1] = s[0] =`` the embeddings,
 ``beta = 1`` is the coupling of RevNet (Gomez et al. 2017, arXiv 1707.04585), Rev-ViT and PaReprop (Zhu & Mangalam
 2023, arXiv 2306.09342); ``beta = 0`` is the stock residual network, which cannot be undone; ``2**-m`` lies between.
 
-Floating-point addition rounds, so the second line would not return the bits that the first line consumed. Every
-``Phi`` is therefore rounded to a grid (multiples of ``2**-grid_bits``, straight-through gradient), and the states are
-wide enough that no addition rounds: each update at ``beta = 2**-m`` appends ``m`` bits to a state, and
-:func:`plan_layers` counts them against the significand of the state.
+Floating-point addition rounds, so the second line would not return the bits that the first line consumed. Therefore
+every ``Phi`` is rounded to a grid, multiples of ``2**-grid_bits``, and so is ``beta * s[i-1]`` (both with
+straight-through gradients): all states lie on the grid, and sums of its multiples do not round while they are in range.
+What ``beta = 2**-m`` shifts below the grid are the last ``m`` bits of ``s[i-1]``: the *side bits*, which are kept,
+packed, until the step is undone.
 """
 
 import math
@@ -23,12 +24,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .packing import pack, unpack, widths
+
 DEFAULT_GRID_BITS = 12
 
 RANGE_BITS = 12
-"""Bits kept for the magnitude of a state: exactness holds while ``|s| < 2**RANGE_BITS``."""
+"""Bits that a state must have for its magnitude: exactness holds at least while ``|s| < 2**RANGE_BITS``."""
 
 SIGNIFICAND_BITS = {torch.float32: 24, torch.float64: 53}
+DRIFT_BITS = SIGNIFICAND_BITS[torch.float64] - SIGNIFICAND_BITS[torch.float32]
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,8 @@ class LayerPlan:
 
     Attributes:
         beta: 0 for a conventional layer, which stores its activations; 1 or ``2**-m`` for a reversible one.
-        grid_bits: ``Phi`` is rounded to multiples of ``2**-grid_bits``; ``None`` leaves it unrounded.
-        state_dtype: the narrowest dtype in which the segment's states add exactly; unused in a conventional layer.
+        grid_bits: states are multiples of ``2**-grid_bits``; ``None`` leaves them unrounded.
+        state_dtype: the narrowest dtype in which the states add exactly; unused in a conventional layer.
         opens: whether the layer is the first of a segment, where the pair of states is put on the grid.
         closes: whether it is the last, where the pair is stored and the backward pass starts rebuilding.
     """
@@ -52,6 +56,27 @@ class LayerPlan:
     @property
     def reversible(self) -> bool:
         return self.beta > 0
+
+    @property
+    def side_bits(self) -> int:
+        """How many bits each update shifts out of every element of a state."""
+        return 0 if self.grid_bits is None else shift_of(self.beta)
+
+
+def shift_of(beta: float) -> int:
+    """``m`` of ``beta = 2**-m``."""
+    return -int(math.log2(beta))
+
+
+def limit_of(plan: LayerPlan, dtype: torch.dtype) -> float:
+    """The magnitude below which states of ``dtype`` add exactly; 0 without a grid."""
+    return 0.0 if plan.grid_bits is None else 2.0 ** (SIGNIFICAND_BITS[dtype] - plan.grid_bits)
+
+
+def grid_of(plan: LayerPlan) -> float:
+    """The distance between two neighbouring values on the grid of ``plan``, which has one."""
+    assert plan.grid_bits is not None
+    return 2.0**-plan.grid_bits
 
 
 def betas_per_layer(beta: float | Sequence[float], num_layers: int) -> tuple[float, ...]:
@@ -86,20 +111,24 @@ def plan_layers(
     grid_bits: int | None = DEFAULT_GRID_BITS,
     anchor_every: int | None = None,
 ) -> tuple[LayerPlan, ...]:
-    """Cut the layers into segments whose states add exactly, and say where pairs of states are stored.
+    """Cut the layers into segments, and say in which dtype their states add exactly.
 
-    Consecutive reversible layers form a segment. A segment needs ``grid_bits + RANGE_BITS`` bits plus ``m`` for every
-    layer at ``beta = 2**-m`` (a layer updates each state of the pair once); fp32 has 24 bits and fp64 has 53.
+    Consecutive reversible layers form a segment, of which only the last pair of states is stored. A state on the grid
+    needs ``grid_bits + RANGE_BITS`` bits; fp32 has 24 and fp64 has 53.
+
+    Without a grid nothing is exact, and undoing an update multiplies the error by ``1 / beta``. There the states are
+    fp64 below ``beta = 1``, and a segment ends (its pair is an *anchor*) before errors outgrow fp32's: when the ``m`` of
+    its layers (each updates a state once) add up to more than the 29 bits that fp64 has above fp32.
 
     Args:
         beta: one number, or one per layer.
         num_layers: how many layers.
-        grid_bits: bits after the binary point kept in ``Phi``; ``None`` turns the grid, and with it exactness, off.
-        anchor_every: store a pair of states (an *anchor*) after every so many reversible layers; ``None`` stores one
-            only where the bit budget asks for it.
+        grid_bits: bits after the binary point of the states; ``None`` turns the grid, and with it exactness, off.
+        anchor_every: store a pair of states (an anchor) after every so many reversible layers; ``None`` stores none
+            but where the absence of a grid asks for it.
 
     Raises:
-        ValueError: an argument is out of range, or ``anchor_every`` is longer than the bit budget allows.
+        ValueError: an argument is out of range, or without a grid ``anchor_every`` is too long or ``beta`` too small.
     """
     betas = betas_per_layer(beta, num_layers)
     widest = SIGNIFICAND_BITS[torch.float64]
@@ -111,11 +140,8 @@ def plan_layers(
     if anchor_every is not None and not (_is_int(anchor_every) and anchor_every >= 1):
         raise ValueError(f"anchor_every={anchor_every!r} is not a whole number of layers: use 1 or more, or None.")
 
-    # Without a grid the drift is multiplied by 1/beta at every update, so segments are kept as short as with one.
-    kept = DEFAULT_GRID_BITS if grid_bits is None else grid_bits
-
-    def bits(segment: Sequence[int]) -> int:
-        return kept + RANGE_BITS + sum(-int(math.log2(betas[i])) for i in segment)
+    def drift(segment: Sequence[int]) -> int:
+        return sum(shift_of(betas[i]) for i in segment) if grid_bits is None else 0
 
     segments: list[list[int]] = []
     for i, value in enumerate(betas):
@@ -125,7 +151,7 @@ def plan_layers(
         if joins and anchor_every is not None:
             joins = len(segments[-1]) < anchor_every
         elif joins:
-            joins = bits([*segments[-1], i]) <= widest
+            joins = drift([*segments[-1], i]) <= DRIFT_BITS
         if joins:
             segments[-1].append(i)
         else:
@@ -133,20 +159,20 @@ def plan_layers(
 
     plans = [LayerPlan(beta=0.0) for _ in betas]
     for segment in segments:
-        if bits(segment) > widest:
+        if drift(segment) > DRIFT_BITS:
             raise ValueError(
-                f"layers {segment[0]} to {segment[-1]} need {bits(segment)} bits of state ({kept} for the grid, "
-                f"{RANGE_BITS} for the range, and {bits(segment) - kept - RANGE_BITS} appended by "
-                f"beta={[betas[i] for i in segment]}) but fp64 has {widest}: lower anchor_every, or raise beta, or leave "
-                "anchor_every=None to have anchors placed where they are needed."
+                f"layers {segment[0]} to {segment[-1]} at beta={[betas[i] for i in segment]} would magnify rounding errors "
+                f"2**{drift(segment)} times, but fp64 has {DRIFT_BITS} bits to spare: lower anchor_every, or raise beta, or "
+                "keep the grid, with which nothing is magnified."
             )
-        all_rev = all(betas[i] == 1 for i in segment)
-        narrow = all_rev and bits(segment) <= SIGNIFICAND_BITS[torch.float32]
+        in_fp32 = (
+            drift(segment) == 0 if grid_bits is None else grid_bits + RANGE_BITS <= SIGNIFICAND_BITS[torch.float32]
+        )
         for i in segment:
             plans[i] = LayerPlan(
                 beta=betas[i],
                 grid_bits=grid_bits,
-                state_dtype=torch.float32 if narrow else torch.float64,
+                state_dtype=torch.float32 if in_fp32 else torch.float64,
                 opens=i == segment[0],
                 closes=i == segment[-1],
             )
@@ -199,15 +225,48 @@ def phi(residual: Tensor, branch: Tensor, beta: float) -> Tensor:
     return torch.add(branch.to(dtype), residual.to(dtype), alpha=1 - beta)
 
 
+class _Advance(torch.autograd.Function):
+    """``Phi`` and ``beta * s[i-1]``, each cut to the grid, added; the gradients pass straight through the cutting."""
+
+    @staticmethod
+    def forward(ctx, value: Tensor, previous: Tensor, plan: LayerPlan) -> Tensor:
+        ctx.beta = plan.beta
+        unit = grid_of(plan)
+        following = torch.mul(previous, plan.beta / unit).floor_()
+        return following.add_(torch.mul(value, 1 / unit).round_()).mul_(unit)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, grad * ctx.beta, None
+
+
 def advance(value: Tensor, previous: Tensor, plan: LayerPlan) -> Tensor:
     """``s[i+1]`` from ``Phi_i(s[i])`` and ``s[i-1]``."""
+    if plan.side_bits:
+        return _Advance.apply(value, previous, plan)
     return torch.add(round_to_grid(value, plan.grid_bits), previous, alpha=plan.beta)
 
 
-def retreat(value: Tensor, following: Tensor, plan: LayerPlan) -> Tensor:
-    """``s[i-1]`` from ``Phi_i(s[i])`` and ``s[i+1]``: the inverse of :func:`advance`."""
+def side_bits(previous: Tensor, plan: LayerPlan) -> list[Tensor]:
+    """The bits of ``s[i-1]`` that :func:`advance` shifts below the grid, packed into bytes; what undoing it needs."""
+    if not plan.side_bits:
+        return []
+    units, packed = torch.mul(previous, 1 / grid_of(plan)), []
+    for width in widths(plan.side_bits):
+        kept = torch.mul(units, 2.0**-width).floor_()
+        packed.append(pack(units.sub_(kept, alpha=2**width).to(torch.uint8), width))
+        units = kept
+    return packed
+
+
+def retreat(value: Tensor, following: Tensor, plan: LayerPlan, sides: Sequence[Tensor] = ()) -> Tensor:
+    """``s[i-1]`` from ``Phi_i(s[i])``, ``s[i+1]`` and the side bits: the inverse of :func:`advance`."""
     previous = torch.sub(following, round_to_grid(value, plan.grid_bits))
-    return previous if plan.beta == 1 else previous.div_(plan.beta)
+    if not plan.side_bits:
+        return previous if plan.beta == 1 else previous.div_(plan.beta)
+    for width, packed in zip(reversed(widths(plan.side_bits)), reversed(sides), strict=True):
+        previous.mul_(2.0**width).add_(unpack(packed, width, previous.shape), alpha=grid_of(plan))
+    return previous
 
 
 def fuse(previous: Tensor, current: Tensor, beta: float) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .coupling import LayerPlan, advance, enter, fuse, phi, read, retreat
+from .coupling import LayerPlan, advance, enter, fuse, phi, read, retreat, side_bits
 from .lanes import Lane, Session, inline_lane, side_lane
 from .replay import Moment
 
@@ -39,7 +39,10 @@ Pair = tuple[Tensor, Tensor]
 
 @dataclass
 class Record:
-    """What one call of one layer leaves for its backward: everything but activations."""
+    """What one call of one layer leaves for its backward: everything but activations.
+
+    ``sides`` are the side bits of each step, which undoing it needs.
+    """
 
     module: nn.Module
     steps: Sequence[Step]
@@ -48,13 +51,16 @@ class Record:
     inputs: tuple[Tensor, ...]
     parameters: tuple[Tensor, ...] = ()
     moments: list[Moment] = field(default_factory=list)
+    sides: list[list[Tensor]] = field(default_factory=list)
 
-    def run(self, previous: Tensor, current: Tensor) -> Pair:
-        """The layer's forward, remembering the ambient state of each step."""
+    def run(self, previous: Tensor, current: Tensor, undoable: bool = False) -> Pair:
+        """The layer's forward; if ``undoable``, remembering the ambient state and the side bits of each step."""
         for step in self.steps:
             moment = Moment(current.device)
             value = moment.record(partial(self._phi, step, read(current, self.dtype), self.inputs))
-            self.moments.append(moment)
+            if undoable:
+                self.moments.append(moment)
+                self.sides.append(side_bits(previous, self.plan))
             previous, current = current, advance(value, previous, self.plan)
         return previous, current
 
@@ -69,7 +75,7 @@ class Record:
         with torch.enable_grad():
             value = self.moments[index].replay(work)
         with torch.no_grad():
-            previous = retreat(value, following, self.plan)
+            previous = retreat(value, following, self.plan, self.sides[index])
         return Rebuilt((state, *inputs, *parameters), value, previous)
 
     def resident(self) -> bool:
@@ -208,7 +214,7 @@ class Autograd:
 class Reprop:
     """Store one pair of states per segment and rebuild the rest, step by step, on the caller's thread and stream.
 
-    Least memory: one step's graph is alive at a time. Costs one more forward per step, like activation checkpointing.
+    Least memory: one step's graph is alive at a time, and ``m`` bits per element and step at ``beta = 2**-m``. Costs one more forward per step, like activation checkpointing.
     Cannot do higher-order gradients.
 
     Gomez et al. 2017, arXiv 1707.04585, algorithm 1.
@@ -292,7 +298,7 @@ class _RebuiltLayer(torch.autograd.Function):
         ctx.tape, ctx.index = tape, index
         # Not for their values, which are read from the module, but so that autograd notices when one was modified.
         ctx.save_for_backward(*tensors)
-        return tape.records[index].run(previous, current)
+        return tape.records[index].run(previous, current, undoable=True)
 
     @staticmethod
     def backward(ctx, grad_previous: Tensor, grad_current: Tensor):

@@ -72,7 +72,7 @@ class ReversiblePreTrainedModel(PreTrainedModel):
         """Change the coupling, one number or one per layer, from the next forward pass on. The weights stay.
 
         Raises:
-            ValueError: `beta` is out of range, or overruns the bit budget: see [`ReversibleConfig`].
+            ValueError: `beta` is out of range, or too small for the `anchor_every` of a model without a grid.
         """
         config: Any = self.config
         base: Any = self.base_model

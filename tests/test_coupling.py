@@ -1,9 +1,10 @@
-"""The recurrence and the bit budget, by themselves."""
+"""The recurrence, exact and not, by itself."""
 
 import pytest
 import torch
 
-from hf_pareprop.coupling import RANGE_BITS, advance, enter, fuse, phi, plan_layers, retreat, round_to_grid
+from hf_pareprop.coupling import LayerPlan, advance, enter, fuse, phi, plan_layers, retreat, round_to_grid, side_bits
+from hf_pareprop.packing import pack, unpack, widths
 
 
 def test_round_to_grid_is_straight_through():
@@ -19,37 +20,57 @@ def test_no_grid_changes_nothing():
     assert round_to_grid(x, None) is x
 
 
-@pytest.mark.parametrize("beta", [1.0, 0.5, 0.25, 0.125])
-def test_undoing_a_chain_returns_the_same_bits(beta):
-    """As many layers as the budget allows in one segment, states up to the range: Phi is a fixed random sequence."""
-    layers = 40
-    plans = plan_layers(beta, layers)
-    length = next(i for i, plan in enumerate(plans) if plan.closes) + 1
+def there_and_back(plan: LayerPlan, scale: float, with_sides: bool = True) -> bool:
+    """Whether undoing 96 updates returns the first pair. Phi is a fixed random sequence."""
     torch.manual_seed(0)
-    scale = 2 ** (RANGE_BITS - 7)
-    values = [torch.randn(1000) * scale for _ in range(2 * length)]
-    previous, current = enter(torch.randn(1000), plans[0]), enter(torch.randn(1000), plans[0])
-    first = previous.clone(), current.clone()
+    values = [torch.randn(7, 143) * scale for _ in range(96)]
+    previous, current = enter(torch.randn(7, 143), plan), enter(torch.randn(7, 143), plan)
+    first, sides = (previous, current), []
     for value in values:
-        previous, current = current, advance(value, previous, plans[0])
-    for value in reversed(values):
-        previous, current = retreat(value, current, plans[0]), previous
-    assert torch.equal(previous, first[0])
-    assert torch.equal(current, first[1])
-
-
-def test_one_layer_more_than_the_budget_is_inexact():
-    """The budget is not generous: past it, and at the edge of the range, bits are lost. So it can fail."""
-    plan = plan_layers(0.5, 1)[0]
-    torch.manual_seed(0)
-    values = [torch.rand(1000) * 2**11 for _ in range(2 * 36)]
-    previous = current = enter(torch.rand(1000), plan)
-    first = previous.clone()
-    for value in values:
+        sides.append(side_bits(previous, plan) if with_sides else [torch.zeros(1001, dtype=torch.uint8)])
         previous, current = current, advance(value, previous, plan)
     for value in reversed(values):
-        previous, current = retreat(value, current, plan), previous
-    assert not torch.equal(previous, first)
+        previous, current = retreat(value, current, plan, sides.pop()), previous
+    return torch.equal(previous, first[0]) and torch.equal(current, first[1])
+
+
+@pytest.mark.parametrize("grid_bits", [4, 12, 20])
+@pytest.mark.parametrize("beta", [1.0, 0.5, 0.25, 0.125, 1 / 16, 1 / 32, 2**-8, 2**-11, 2**-40])
+def test_undoing_a_chain_returns_the_same_bits(beta, grid_bits):
+    """In each of the ways in which side bits fill bytes, and for fp32 and fp64 states."""
+    assert there_and_back(plan_layers(beta, 1, grid_bits)[0], scale=30.0)
+
+
+def test_side_bits_are_needed_and_the_range_is_finite():
+    """So the check above can fail."""
+    plan = plan_layers(2**-8, 1)[0]
+    assert there_and_back(plan, scale=900.0)
+    assert not there_and_back(plan, scale=900.0, with_sides=False)
+    assert not there_and_back(plan, scale=9000.0)
+
+
+@pytest.mark.parametrize("beta", [0.5, 1 / 16])
+def test_the_gradient_of_an_update_is_that_without_a_grid(beta):
+    value, previous = torch.randn(5, requires_grad=True), torch.randn(5, requires_grad=True)
+    following = advance(value, previous, plan_layers(beta, 1)[0])
+    torch.testing.assert_close(following, value + beta * previous, rtol=0, atol=2 * 2.0**-12)
+    following.backward(torch.arange(5.0))
+    assert value.grad.tolist() == [0, 1, 2, 3, 4]
+    assert previous.grad.tolist() == [beta * i for i in range(5)]
+
+
+@pytest.mark.parametrize("elements", [0, 1, 8, 1003])
+@pytest.mark.parametrize("width", [1, 2, 4, 8])
+def test_packing(width, elements):
+    values = torch.randint(0, 2**width, (elements,), dtype=torch.uint8)
+    packed = pack(values, width)
+    assert packed.dtype == torch.uint8 and len(packed) == -(-elements * width // 8)
+    assert torch.equal(unpack(packed, width, values.shape), values)
+
+
+def test_widths_add_up():
+    assert [sum(widths(bits)) for bits in range(40)] == list(range(40))
+    assert widths(11) == [8, 2, 1]
 
 
 def test_phi_and_fuse():
@@ -87,28 +108,31 @@ def closing(plans):
     return [i for i, plan in enumerate(plans) if plan.closes]
 
 
-def test_anchors_are_placed_where_the_budget_ends():
-    assert closing(plan_layers(1.0, 96)) == [95]
-    assert closing(plan_layers(0.5, 24)) == [23]
-    assert closing(plan_layers(0.25, 12)) == [11]
-    assert closing(plan_layers(0.25, 24)) == [13, 23]
+def test_anchors_are_placed_where_they_are_asked_for():
+    assert closing(plan_layers(1.0, 96)) == closing(plan_layers(1 / 16, 96)) == [95]
     assert closing(plan_layers(0.5, 24, anchor_every=10)) == [9, 19, 23]
 
 
-def test_an_overrun_is_refused():
-    with pytest.raises(ValueError, match="layers 0 to 19 need 64 bits"):
-        plan_layers(0.25, 24, anchor_every=20)
-    with pytest.raises(ValueError, match="need 64 bits"):
-        plan_layers(2**-40, 1)
+def test_without_a_grid_anchors_are_placed_where_rounding_errors_would_outgrow_fp32():
+    assert closing(plan_layers(1.0, 96, grid_bits=None)) == [95]
+    assert closing(plan_layers(0.5, 24, grid_bits=None)) == [23]
+    assert closing(plan_layers(0.25, 24, grid_bits=None)) == [13, 23]
+    with pytest.raises(ValueError, match=r"layers 0 to 19 .* 2\*\*40 times"):
+        plan_layers(0.25, 24, grid_bits=None, anchor_every=20)
+    with pytest.raises(ValueError, match="raise beta"):
+        plan_layers(2**-40, 1, grid_bits=None)
 
 
 def test_conventional_layers_split_segments():
     plans = plan_layers([0.5, 0.5, 0, 1, 1], 5)
     assert [p.opens for p in plans] == [True, False, False, True, False]
     assert [p.closes for p in plans] == [False, True, False, False, True]
-    assert [p.state_dtype for p in plans] == [torch.float64] * 2 + [torch.float32] * 3
 
 
-def test_a_finer_grid_takes_wider_states():
-    assert plan_layers(1.0, 4)[0].state_dtype == torch.float32
-    assert plan_layers(1.0, 4, grid_bits=13)[0].state_dtype == torch.float64
+def test_a_finer_grid_or_none_takes_wider_states():
+    def state_dtype(beta, grid_bits):
+        return plan_layers(beta, 4, grid_bits)[0].state_dtype
+
+    assert {state_dtype(beta, 12) for beta in (1.0, 0.5, 1 / 16)} == {torch.float32}
+    assert {state_dtype(beta, 13) for beta in (1.0, 0.5, 1 / 16)} == {torch.float64}
+    assert [state_dtype(beta, None) for beta in (1.0, 0.5)] == [torch.float32, torch.float64]

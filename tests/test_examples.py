@@ -81,7 +81,7 @@ def test_conversion_study(tmp_path):
 def test_states_benchmark(tmp_path):
     result = run("benchmarks/states.py", "--device", "cpu", "--repeats", 1, "--out", tmp_path)
     assert "packed / fp64" in result.stdout
-    assert len(json.loads((tmp_path / "states-cpu.json").read_text())["times"]) == 6
+    assert len(json.loads((tmp_path / "states-cpu.json").read_text())["times"]) == 8
 
 
 @pytest.mark.slow

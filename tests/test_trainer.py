@@ -115,7 +115,8 @@ def test_gradient_checkpointing_flag(family, tmp_path):
 def test_a_converted_model_at_beta_zero_trains_like_the_stock_model(family, tmp_path):
     stock = family.build_stock(2, 0.1)
     converted = hp.to_reversible(stock, beta=0)
-    expected, found = (train(family, tmp_path, model=model) for model in (stock, converted))
+    # Without clipping: the norm over all parameters is summed in their order, which differs between the two.
+    expected, found = (train(family, tmp_path, model=model, max_grad_norm=0) for model in (stock, converted))
     assert expected[0] == found[0]
     assert all(torch.equal(p, expected[1][n]) for n, p in hp.to_stock(converted).named_parameters())
 

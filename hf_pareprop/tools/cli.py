@@ -54,9 +54,9 @@ def convert(
     ] = None,
     anchor_every: Annotated[
         int | None,
-        typer.Option(help="Store a pair of states after every so many layers, not only where bits run out."),
+        typer.Option(help="Store a pair of states after every so many layers."),
     ] = None,
-    grid_bits: Annotated[int, typer.Option(help="Bits after the binary point of what a sub-block adds.")] = 12,
+    grid_bits: Annotated[int, typer.Option(help="Bits after the binary point of the states.")] = 12,
     dtype: Annotated[Dtype, typer.Option(help="Of the weights written; auto: as they are.")] = "auto",
     calibrate: Calibrate = None,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read pickled weights (tensors only).")] = False,

@@ -15,17 +15,17 @@ class BetaSchedule(TrainerCallback):
     """Caps every layer's `beta` by stages of the training.
 
     `BetaSchedule.anneal()` is the way back to the stock model: at the end of the training the weights belong to
-    `beta=0`, so that `to_stock` and `hf-pareprop export` give a model that computes the same. While `beta` is small
-    more pairs of states are stored (anchors), and at 0 activations are: the last stage needs the memory of plain
-    training. A last cap above 0, such as 1/16, avoids that and leaves a small difference.
+    `beta=0`, so that `to_stock` and `hf-pareprop export` give a model that computes the same. At 0 activations are
+    stored: the last stage needs the memory of plain training. A last cap above 0, such as 1/16, avoids that and leaves a
+    small difference.
 
     Args:
         caps: from a fraction of the training (0 to 1) to the largest `beta` of any layer from there on. A layer whose
             own `beta` is smaller keeps it, so conventional layers stay conventional.
 
     Raises:
-        ValueError: a fraction or a cap is out of range; at the start of training, if the bit budget does not allow a
-            stage, or with `load_best_model_at_end`, which would put weights of one stage into the coupling of another.
+        ValueError: a fraction or a cap is out of range; at the start of training, if a model without a grid would drift
+            beyond use in a stage, or with `load_best_model_at_end`, which would put weights of one stage into the coupling of another.
     """
 
     def __init__(self, caps: Mapping[float, float]):
@@ -57,7 +57,7 @@ class BetaSchedule(TrainerCallback):
         config = reversible.config
         self._own = betas_per_layer(config.beta, config.num_hidden_layers)
         own = config.beta
-        for fraction in self.caps:  # a stage that the bit budget does not allow is refused now, not in mid-training
+        for fraction in self.caps:  # a stage that cannot be is refused now, not in mid-training
             reversible.set_beta(self.beta(fraction))
         reversible.set_beta(own)
 

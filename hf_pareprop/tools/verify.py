@@ -1,5 +1,6 @@
 """Does a model rebuild its states bit for bit, and are its gradients those of plain autograd? Measured on real batches."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..coupling import enter
+from ..coupling import enter, limit_of
 from ..engine import Pair, Tape, get_engine
 from ..hub import ReversiblePreTrainedModel
 
@@ -20,6 +21,8 @@ class Report:
     Attributes:
         rebuilt: for each reversible layer, the largest absolute difference between its two input states as they were
             and as the backward pass rebuilt them; 0.0 means bit-equal.
+        largest: the largest absolute value in the states that enter layers.
+        limit: while they are below it, states are rebuilt exactly; 0 without a grid.
         loss_equal: whether the loss is bit-equal to that of the ``autograd`` engine.
         gradient_error: the largest relative error of a parameter's gradient against the ``autograd`` engine's; gradients
             below a thousandth of the whole are held against that.
@@ -27,6 +30,8 @@ class Report:
     """
 
     rebuilt: dict[int, float] = field(default_factory=dict)
+    largest: float = 0.0
+    limit: float = math.inf
     loss_equal: bool = False
     gradient_error: float = float("nan")
     gradients_equal: bool = False
@@ -41,7 +46,10 @@ class Report:
         states = "bit-equal" if worst == 0 else f"off by up to {worst:.1e}"
         grads = "bit-equal" if self.gradients_equal else f"off by up to {self.gradient_error:.1e} (relative)"
         loss = "bit-equal" if self.loss_equal else "different"
-        return f"{len(self.rebuilt)} reversible layers: rebuilt states {states}, gradients {grads}, loss {loss}"
+        return (
+            f"{len(self.rebuilt)} reversible layers: rebuilt states {states}, gradients {grads}, loss {loss}; "
+            f"states up to {self.largest:.3g}, exact below {self.limit:g}"
+        )
 
 
 class _CheckingTape(Tape):
@@ -57,6 +65,10 @@ class _CheckingTape(Tape):
         if plan.reversible:
             pair = (enter(previous, plan), enter(current, plan)) if plan.opens else (previous, current)
             self.entered[index] = pair[0].detach().clone(), pair[1].detach().clone()
+            self.report.largest = max(
+                self.report.largest, *(state.abs().max().item() for state in self.entered[index])
+            )
+            self.report.limit = min(self.report.limit, limit_of(plan, pair[0].dtype))
         return super().layer(index, module, steps, previous, current, inputs)
 
     def rebuilt(self, index: int, pair: Pair) -> None:
