@@ -20,7 +20,8 @@ from typing import Any
 
 from conversion_report import plot, table
 from measure import EVENT, emit
-from report import cpu_model, save, software
+
+from hf_pareprop.tools.records import cpu_model, save, software
 
 Job = dict[str, Any]
 

@@ -16,22 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import (
-    OUT_OF_MEMORY,
-    RETURN_FREED_MEMORY,
-    Step,
-    be_killed_first,
-    emit,
-    error_of,
-    peak_memory,
-    run_child,
-    time_interleaved,
-)
+from measure import RETURN_FREED_MEMORY, be_killed_first, emit, peak_memory, run_child
 from models import CHECKPOINTING, ENGINES, FAMILIES, METHODS, STOCK, device_of, switch, training_step
 from options import parse
-from report import MB, Result, Results, as_dicts, cores, cpu_model, plot, save, software, table
+from report import MB, Result, Results, as_dicts, plot, table
 
 from hf_pareprop.lanes import side_lane
+from hf_pareprop.tools.records import cores, cpu_model, save, software
+from hf_pareprop.tools.timing import OUT_OF_MEMORY, Step, error_of, time_interleaved
 
 FLAT = 0.03
 """Memory counts as flat in depth up to this share of a stock layer's activations per added layer."""
@@ -106,7 +98,7 @@ def measure_times(args: argparse.Namespace, family: str, depth: int, methods: Se
         return partial(training_step, model, batch, args.autocast)
 
     warm_ups = 3 if device.type == "cuda" else 1
-    time_interleaved({method: partial(prepare, method) for method in methods}, args.repeats, warm_ups, device)
+    time_interleaved({method: partial(prepare, method) for method in methods}, args.repeats, warm_ups, device, emit)
 
 
 # In the parent

@@ -10,19 +10,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
-import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-Step = Callable[[], None]
-
-OUT_OF_MEMORY = "out of memory"
-"""The error of a case that needs more memory than there is: a finding, where every other error is a failure."""
+from hf_pareprop.tools.timing import OUT_OF_MEMORY, Step
 
 EVENT = "benchmark-event "
 
@@ -62,15 +57,6 @@ def _how_it_ended(returncode: int, stderr: str) -> str | None:
 def emit(**event: Any) -> None:
     """Report an event to the parent, from a child; at once, so that it outlives the child."""
     print(EVENT + json.dumps(event), flush=True)
-
-
-def error_of(error: Exception) -> str:
-    """``error`` in one line, the first of its message, as CUDA's go on with advice; its traceback goes to stderr."""
-    texts = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in texts):
-        return OUT_OF_MEMORY
-    traceback.print_exception(error)
-    return traceback.format_exception_only(error)[-1].splitlines()[0]
 
 
 def be_killed_first() -> None:
@@ -120,60 +106,3 @@ def _peak_on_cpu(step: Step) -> dict[str, int]:
 def _status_bytes(name: str) -> int:
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024
-
-
-def milliseconds(step: Step, device: torch.device) -> float:
-    """How long ``step`` takes, until its last kernel has ended."""
-    if device.type != "cuda":
-        start = time.perf_counter()
-        step()
-        return (time.perf_counter() - start) * 1e3
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize(device)
-    begin.record()
-    step()
-    end.record()
-    torch.cuda.synchronize(device)
-    return begin.elapsed_time(end)
-
-
-def time_interleaved(
-    prepare: Mapping[str, Callable[[], Step]], rounds: int, warm_ups: int, device: torch.device
-) -> None:
-    """Time several methods in rounds, one step of each per round, and emit every sample as ``method`` and ``ms``.
-
-    What slows a machine down for a while then slows all methods. The order rotates, so that no method always follows
-    the same one. A method that raises is emitted with its ``error`` and left out from then on.
-
-    Args:
-        prepare: for each method, what makes everything ready (untimed) and returns the step to time.
-        rounds: how many samples of each method.
-        warm_ups: how many rounds come before, and are not reported.
-    """
-    methods = list(prepare)
-    lost: set[str] = set()
-    for round_ in range(-warm_ups, rounds):
-        first = round_ % len(methods)
-        for method in methods[first:] + methods[:first]:
-            if method in lost:
-                continue
-            event = _sample(prepare[method], device)
-            if "error" in event:
-                lost.add(method)
-                _release(device)
-            if "error" in event or round_ >= 0:
-                emit(method=method, **event)
-
-
-def _sample(prepare: Callable[[], Step], device: torch.device) -> dict[str, Any]:
-    try:
-        return {"ms": milliseconds(prepare(), device)}
-    except Exception as error:
-        return {"error": error_of(error)}
-
-
-def _release(device: torch.device) -> None:
-    """Give back what a step left behind that raised."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

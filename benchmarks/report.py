@@ -1,20 +1,14 @@
 """What a benchmark found: the machine it ran on, a table, a JSON file and a plot."""
 
-import os
-import platform
 import statistics
-import subprocess
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
-from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from hf_pareprop.tools.records import MB, aligned, ratio
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-MB = 2**20
 
 LOOKS = (
     {"color": "#000000", "marker": "o"},
@@ -83,10 +77,6 @@ class Results(list[Result]):
         return statistics.linear_regression(*zip(*points, strict=True)).slope
 
 
-def ratio(a: float | None, b: float | None) -> float | None:
-    return a / b if a is not None and b else None
-
-
 def table(results: Results, references: Sequence[str]) -> str:
     """One line per case, then the errors.
 
@@ -111,7 +101,7 @@ def table(results: Results, references: Sequence[str]) -> str:
             ]
         )
     errors = [f"{r.family}, depth {r.depth}, {r.method}: {error}" for r in results for error in r.errors]
-    return "\n".join([*_aligned(lines), *errors])
+    return "\n".join([*aligned(lines, left={0, 2}), *errors])
 
 
 def _growth(results: Results, result: Result, reference: str) -> tuple[float | None, float | None]:
@@ -135,66 +125,8 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    left = {0, 2}  # names; the rest are numbers
-    return [
-        "  ".join(
-            cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-
-
-def software() -> dict[str, Any]:
-    """Versions, the commit and the date: what has to be known to repeat a measurement."""
-    # Results are no part of what was measured.
-    changes = _git("status", "--porcelain", "--", ":/", ":(top,exclude)benchmarks/results")
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        **{name: import_module(name).__version__ for name in ("torch", "transformers", "hf_pareprop")},
-        "platform": platform.platform(),
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_dirty": None if changes is None else bool(changes),
-    }
-
-
-def _git(*arguments: str) -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def cpu_model() -> str:
-    """The processor's name for people."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or platform.machine()
-
-
 def as_dicts(results: Iterable[Result]) -> list[dict[str, Any]]:
     return [asdict(result) for result in results]
-
-
-def save(path: Path, write: Callable[[Path], Any]) -> None:
-    """Have ``write`` make the file under another name first, so that ``path`` never holds half of it."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(unfinished)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def plot(results: Results, title: str) -> "Figure":

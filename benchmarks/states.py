@@ -16,10 +16,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from report import cpu_model, save, software
 from torch import Tensor
 
 from hf_pareprop.coupling import LayerPlan, advance, plan_layers, retreat, round_to_grid, side_bits
+from hf_pareprop.tools.records import cpu_model, save, software
 
 GRID_BITS = 12
 SIZES = {"8 x 128 x 384": (8, 128, 384), "32 x 512 x 768": (32, 512, 768)}

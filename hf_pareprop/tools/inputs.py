@@ -1,6 +1,6 @@
 """Real inputs for a model: lines of a text file, or images."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +95,7 @@ def random_batch(model: PreTrainedModel, *, batch_size: int = 2, length: int = 1
     config = model.config
     generator = torch.Generator().manual_seed(seed)
     if model.main_input_name == "pixel_values":
-        size = config.image_size if isinstance(config.image_size, (list, tuple)) else [config.image_size] * 2
-        pixels = torch.randn(batch_size, config.num_channels, *size, generator=generator)
+        pixels = torch.randn(batch_size, config.num_channels, *_pair(config.image_size), generator=generator)
         return {"pixel_values": pixels.to(model.device)}
     length = min(length, config.max_position_embeddings - (config.pad_token_id or 0) - 1)
     reserved = max(config.pad_token_id or 0, config.bos_token_id or 0, config.eos_token_id or 0) + 1
@@ -105,11 +104,37 @@ def random_batch(model: PreTrainedModel, *, batch_size: int = 2, length: int = 1
     return _shaped({"input_ids": tokens.to(model.device)}, model)
 
 
+def with_targets(batch: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
+    """With what the head of ``model`` computes a loss from: any labels of the right shape."""
+    inputs: torch.Tensor = batch[model.main_input_name]
+    head = type(model).__name__
+    first = inputs.new_zeros(len(inputs), dtype=torch.long)
+    if head.endswith("ForMaskedLM"):
+        return {**batch, "labels": inputs}
+    if head.endswith("ForTokenClassification"):
+        return {**batch, "labels": torch.zeros_like(inputs)}
+    if head.endswith("ForQuestionAnswering"):
+        return {**batch, "start_positions": first, "end_positions": first}
+    if head.endswith("ForMaskedImageModeling"):
+        height, width = _pair(model.config.image_size)
+        rows, columns = _pair(model.config.patch_size)
+        patches = (height // rows) * (width // columns)
+        return {**batch, "bool_masked_pos": inputs.new_ones(len(inputs), patches, dtype=torch.bool)}
+    if head.endswith(("Classification", "ForMultipleChoice")):
+        regression = model.config.num_labels == 1 and not head.endswith("ForMultipleChoice")
+        return {**batch, "labels": first.float() if regression else first}
+    return batch
+
+
 def _shaped(batch: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
     """With one choice, where the model wants choices: `(batch, 1, length)`."""
     if type(model).__name__.endswith("ForMultipleChoice"):
         return {name: tensor.unsqueeze(1) for name, tensor in batch.items()}
     return batch
+
+
+def _pair(size: int | Sequence[int]) -> Sequence[int]:
+    return (size, size) if isinstance(size, int) else size
 
 
 def _first_line(error: BaseException) -> str:

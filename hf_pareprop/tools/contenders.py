@@ -1,0 +1,171 @@
+"""What a user could train with: the stock model in several ways, and its reversible twin with several engines."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..hub import ReversiblePreTrainedModel
+from .architectures import architecture_of
+from .convert import reversible_config, stock_twin, to_stock
+
+Batch = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to train.
+
+    Attributes:
+        name: for people.
+        engine: of the reversible model; ``None`` is the stock model.
+        beta: of the reversible model.
+        checkpointing: activation checkpointing of every layer, as ``gradient_checkpointing=True`` does it.
+        offload: saved activations wait in the host's memory (``torch.autograd.graph.save_on_cpu``).
+        compiled: ``torch.compile``, for each shape anew.
+    """
+
+    name: str
+    engine: str | None = None
+    beta: float = 0.0
+    checkpointing: bool = False
+    offload: bool = False
+    compiled: bool = False
+
+    def prepare(self, model: Any) -> None:
+        """Have ``model``, stock or reversible as this contender is, work this way from the next forward pass on."""
+        if self.engine is not None:
+            model.set_backward_engine(self.engine)
+            model.set_beta(self.beta)
+        else:
+            _checkpoint(model, self.checkpointing)
+
+    def saving(self) -> Any:
+        """The context in which the forward pass runs."""
+        return (
+            torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()) if self.offload else nullcontext()
+        )
+
+
+def _checkpoint(model: Any, on: bool) -> None:
+    """Switch activation checkpointing of a stock model, which transformers 5.23 renamed."""
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if getattr(model, f"is_{name}_checkpointing") == on:
+        return
+    if on:
+        getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
+    else:
+        getattr(model, f"{name}_checkpointing_disable")()
+
+
+STOCK = Contender("plain training")
+CHECKPOINTING = Contender("gradient checkpointing", checkpointing=True)
+OFFLOADING = Contender("activations on the CPU", offload=True)
+COMPILED = Contender("torch.compile", compiled=True)
+STOCK_CONTENDERS = (STOCK, CHECKPOINTING, OFFLOADING, COMPILED)
+
+
+def reversible_contenders(
+    betas: Sequence[float], engines: Sequence[str] = ("autograd", "reprop", "pareprop")
+) -> tuple[Contender, ...]:
+    return tuple(Contender(f"{engine}, beta {beta:g}", engine, beta) for beta in betas for engine in engines)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is trained: a reversible class with a configuration, which its stock twin follows from; any weights."""
+
+    model_class: type[ReversiblePreTrainedModel]
+    config: PreTrainedConfig
+
+    @classmethod
+    def of(cls, class_name: str, config: PreTrainedConfig) -> "Subject":
+        """Of the stock class and configuration of a checkpoint.
+
+        Raises:
+            ValueError: the class has no reversible twin, or the configuration asks for what its twin cannot do.
+        """
+        architecture, head = architecture_of(class_name)
+        return cls(architecture.heads[head], reversible_config(config, architecture, head, {}))
+
+    @property
+    def takes_images(self) -> bool:
+        return self.model_class.main_input_name == "pixel_values"
+
+    def build(self, contender: Contender) -> PreTrainedModel:
+        """A model of random weights for ``contender``, in training mode."""
+        model_class: type[PreTrainedModel] = self.model_class
+        config = self.config
+        if contender.engine is None:
+            _, model_class, config = stock_twin(self.model_class, config)
+        model: PreTrainedModel = model_class._from_config(copy.deepcopy(config), attn_implementation="sdpa")
+        contender.prepare(model)
+        return model.train()
+
+
+def make_optimizer(model: PreTrainedModel) -> torch.optim.Optimizer:
+    """The optimizer that `Trainer` uses by default."""
+    return torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), fused=True)
+
+
+def forward_backward(model: Callable[..., Any], batch: Batch, contender: Contender, device: torch.device, bf16: bool):
+    """The part of a training step that contenders differ in; gradients land in ``.grad``."""
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16), contender.saving():
+        outputs = model(**batch)
+        loss = outputs.loss if outputs.get("loss") is not None else outputs[0].float().square().mean()
+    loss.backward()
+
+
+class Twins:
+    """A stock model and its reversible twin with the same tensors for weights, trained by the same optimizer.
+
+    So contenders can take turns, each with all the memory that it would have alone.
+    """
+
+    def __init__(self, subject: Subject, device: torch.device):
+        self.reversible: Any = subject.model_class._from_config(
+            copy.deepcopy(subject.config), attn_implementation="sdpa"
+        )
+        self.reversible.to(device).train()
+        architecture, stock_class, _ = stock_twin(subject.model_class, subject.config)
+        self.stock: Any = to_stock(self.reversible)
+        self.device = device
+        head = stock_class.__name__.removeprefix(architecture.prefix)
+        given = dict(self.reversible.named_parameters(remove_duplicate=False))
+        self._pairs: list[tuple[torch.nn.Parameter, torch.nn.Parameter]] = []
+        for name, parameter in self.stock.named_parameters():
+            twin = given[architecture.reversible_name(name, head, given)]
+            parameter.data = twin.data[len(twin) - len(parameter) :]  # rows before those of BERT's position table
+            self._pairs.append((parameter, twin))
+        self._optimizer = make_optimizer(self.stock)
+        self._compiled: Any = None
+
+    def step(self, contender: Contender, batch: Batch, bf16: bool) -> None:
+        """One training step: forward, backward, optimizer, gradients freed."""
+        model = self.stock if contender.engine is None else self.reversible
+        contender.prepare(model)
+        if contender.compiled:
+            if self._compiled is None:
+                self._compiled = torch.compile(self.stock, dynamic=False)
+            model = self._compiled
+        try:
+            forward_backward(model, batch, contender, self.device, bf16)
+            for parameter, twin in self._pairs:
+                if contender.engine is not None and twin.grad is not None:
+                    parameter.grad = twin.grad[len(twin) - len(parameter) :]
+            self._optimizer.step()
+        finally:
+            for parameter, twin in self._pairs:
+                parameter.grad = twin.grad = None
+
+    def static_bytes(self) -> int:
+        """What lies in memory between two steps: weights, buffers, and the optimizer's state once it has run."""
+        tensors = [*self.reversible.parameters(), *self.stock.buffers()]
+        for state in self._optimizer.state.values():
+            tensors += [value for value in state.values() if isinstance(value, Tensor)]
+        return sum(tensor.nbytes for tensor in tensors)

@@ -1,0 +1,172 @@
+"""Memory that is predicted against memory that is measured."""
+
+import pytest
+import torch
+from families import FAMILIES
+
+from hf_pareprop.engine import Tape
+from hf_pareprop.lanes import side_lane
+from hf_pareprop.tools.accounting import Ahead, predict
+from hf_pareprop.tools.compare import Comparison, largest, resized
+from hf_pareprop.tools.contenders import (
+    COMPILED,
+    STOCK,
+    STOCK_CONTENDERS,
+    Subject,
+    Twins,
+    reversible_contenders,
+)
+from hf_pareprop.tools.memory import peak_bytes
+
+CPU = torch.device("cpu")
+CONTENDERS = [c for c in STOCK_CONTENDERS if not c.compiled] + list(reversible_contenders((1, 0.5, 1 / 16)))
+SIZE = 6
+
+
+def subject_of(family: str, dropout: float = 0.0, depth: int = 4) -> Subject:
+    """Wide enough for the tensors to be more than the bookkeeping around them."""
+    wide = dict(hidden_size=96, intermediate_size=384, num_attention_heads=4)
+    chosen = FAMILIES[family]
+    config = chosen.stock_config(**{**chosen.config_fields(depth, dropout), **wide})
+    return Subject.of(chosen.stock_model.__name__, config)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prediction_is_within_ten_per_cent(family, dropout, bf16):
+    subject, batch = subject_of(family, dropout), FAMILIES[family].batch()
+    comparison = Comparison(subject, batch, CPU, bf16)
+    rows = comparison.measure(dict.fromkeys(CONTENDERS, SIZE), 1, lambda line: None)
+    assert [row.error for row in rows] == [None] * len(CONTENDERS)
+    resident = comparison.predict(STOCK, SIZE)
+    static = resident.parameters + resident.optimizer
+    for contender, row in zip(CONTENDERS, rows, strict=True):
+        if row.peak_bytes is None:  # by a second thread, which the profiler does not see
+            assert contender.engine == "pareprop" and side_lane(CPU).overlaps
+            continue
+        # Of the step itself, because weights and optimizer are nothing to predict.
+        assert row.predicted_bytes - static == pytest.approx(row.peak_bytes - static, rel=0.1), row.contender
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prediction_of_the_overlap(family, bf16):
+    """Two steps' graphs, measured where the rebuilding runs ahead on the profiled thread itself."""
+    subject, batch = subject_of(family), resized(FAMILIES[family].batch(), SIZE)
+    (pareprop,) = reversible_contenders([0.5], ("pareprop",))
+    predicted = predict(subject, pareprop, batch, CPU, bf16)
+    twins = Twins(subject, CPU)
+    base = twins.reversible.base_model
+    new_tape = base.new_tape
+    base.new_tape = lambda *args, **kwargs: Tape(Ahead(), new_tape(*args, **kwargs).plans)
+    twins.step(pareprop, batch, bf16)
+    measured = peak_bytes(lambda: twins.step(pareprop, batch, bf16), CPU)
+    assert predicted.total - predicted.parameters - predicted.optimizer == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_accounting_says_what_bytes_are_for(family):
+    subject, batch = subject_of(family, depth=12), resized(FAMILIES[family].batch(), 64)
+    model = subject.build(STOCK)
+    held = [*model.parameters(), *model.buffers(), *batch.values()]
+    weights = sum(p.nbytes for p in model.parameters())
+    plain, reprop, pareprop = (
+        predict(subject, c, batch, CPU, False)
+        for c in (STOCK, *reversible_contenders([1 / 16], ("reprop", "pareprop")))
+    )
+    assert plain.parameters == sum(t.nbytes for t in held)
+    assert plain.optimizer == pytest.approx(2 * weights, rel=1e-3)
+    assert plain.states == 0 < reprop.states
+    assert reprop.graphs < plain.graphs / 4
+    assert reprop.total <= pareprop.total < plain.total
+    assert sum(plain.parts().values()) == plain.total
+
+
+def test_states_grow_with_the_side_bits_alone():
+    """beta = 1/16 keeps 4 bits per element and sub-block: a byte per element and layer."""
+
+    def states(depth: int, beta: float) -> int:
+        family = FAMILIES["vit"]
+        config = family.stock_config(**{**family.config_fields(depth, 0.0), "hidden_size": 96})
+        (reprop,) = reversible_contenders([beta], ("reprop",))
+        batch = resized(family.batch(), SIZE)
+        return predict(Subject.of(family.stock_model.__name__, config), reprop, batch, CPU, False).states
+
+    elements = SIZE * 10 * 96  # images, tokens, width
+    assert states(9, 1.0) == states(5, 1.0)
+    assert states(9, 1 / 16) - states(5, 1 / 16) == 4 * elements
+
+
+def test_twins_train_the_same_tensors():
+    """Whichever contender takes the step: the other model's weights are the same bytes."""
+    subject, batch = subject_of("roberta"), FAMILIES["roberta"].batch()
+    twins = Twins(subject, CPU)
+    pointers = {p.data_ptr() for p in twins.reversible.parameters()}
+    assert {p.data_ptr() for p in twins.stock.parameters()} == pointers
+    for contender in (STOCK, *reversible_contenders([1])):
+        before = [p.detach().clone() for p in twins.stock.parameters()]
+        twins.step(contender, batch, False)
+        after = list(twins.reversible.parameters())
+        assert any(not torch.equal(a, b) for a, b in zip(before, twins.stock.parameters(), strict=True))
+        assert all(p.grad is None for p in after)
+    assert {p.data_ptr() for p in twins.stock.parameters()} == pointers
+
+
+def test_bert_trains_beside_its_twin_though_its_positions_have_fewer_rows():
+    import transformers
+
+    config = transformers.BertConfig(
+        vocab_size=61, hidden_size=32, num_attention_heads=4, intermediate_size=64, num_hidden_layers=2
+    )
+    twins = Twins(Subject.of("BertForSequenceClassification", config), CPU)
+    batch = FAMILIES["roberta"].batch() | {"labels": torch.tensor([0, 1, 1])}
+    table = twins.stock.bert.embeddings.position_embeddings.weight
+    before = table.detach().clone()
+    twins.step(reversible_contenders([1 / 16])[0], batch, False)
+    assert not torch.equal(before, table)
+    assert torch.equal(table, twins.reversible.roberta.embeddings.position_embeddings.weight[-len(table) :])
+
+
+@pytest.mark.parametrize("cap", [99, 100, 1234, 99999])
+def test_largest_batch(cap):
+    def needed(size: int) -> int:  # two slopes, as the peak moves from the end of the backward to its start
+        return max(90 + 10 * size, 50 + 13 * size)
+
+    found = largest(needed, cap)
+    assert needed(found + 1) > cap
+    assert found == 0 or needed(found) <= cap
+
+
+def test_a_case_that_does_not_fit_is_a_row():
+    subject, batch = subject_of("vit"), FAMILIES["vit"].batch()
+    need = Comparison(subject, batch, CPU, False).predict(STOCK, 64).total
+    comparison = Comparison(subject, batch, CPU, False, cap=need - 1)
+    (reprop,) = reversible_contenders([1], ("reprop",))
+    plain, rebuilt = comparison.measure({STOCK: 64, reprop: 64}, 2, lambda line: None)
+    assert (plain.error, plain.ms, plain.peak_bytes) == ("out of memory", [], None)
+    assert rebuilt.error is None and len(rebuilt.ms) == 2 and rebuilt.peak_bytes < need
+    assert comparison.largest_batch(STOCK, need - 1) == 63
+    assert comparison.largest_batch(reprop, need - 1) > 63
+    assert comparison.largest_batch(COMPILED, need) is None
+
+
+def test_a_cap_below_the_weights_is_refused():
+    with pytest.raises(ValueError, match="memory cap of 0 MB is below the weights"):
+        Comparison(subject_of("vit"), FAMILIES["vit"].batch(), CPU, False, cap=1000)
+    with pytest.raises(ValueError, match="not predicted"):
+        predict(subject_of("vit"), COMPILED, FAMILIES["vit"].batch(), CPU, False)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prediction_holds_on_cuda(family, bf16):
+    """Workspaces of cuBLAS are some megabytes per stream, so the batch is larger here."""
+    chosen = FAMILIES[family]
+    wide = dict(hidden_size=512, intermediate_size=2048, num_attention_heads=8)
+    config = chosen.stock_config(**{**chosen.config_fields(8, 0.0), **wide})
+    subject = Subject.of(chosen.stock_model.__name__, config)
+    comparison = Comparison(subject, chosen.batch(), torch.device("cuda", 0), bf16)
+    for row in comparison.measure(dict.fromkeys(CONTENDERS, 2048), 1, lambda line: None):
+        assert row.predicted_bytes == pytest.approx(row.peak_bytes, rel=0.1), row.contender
