@@ -93,7 +93,9 @@ class Comparison:
             self._predictions[contender, size] = predict(self._subject, contender, batch, self._device, self._bf16)
         return self._predictions[contender, size]
 
-    def measure(self, sizes: Mapping[Contender, int], rounds: int, say: Callable[[str], None]) -> list[Row]:
+    def measure(
+        self, sizes: Mapping[Contender, int], rounds: int, say: Callable[[str], None], warm_ups: int = 1
+    ) -> list[Row]:
         """Each contender at its batch size: times in rounds over all of them, then peaks one by one.
 
         What runs out of memory, or would on a CPU, is a row with that error.
@@ -119,7 +121,7 @@ class Comparison:
                 say(f"{method}, batch {row.batch_size}: {error}")
 
         with capped(self._device, self.cap):
-            time_interleaved(steps, rounds, 1, self._device, report)
+            time_interleaved(steps, rounds, warm_ups, self._device, report)
             for contender, row in rows.items():
                 if row.error is None:
                     self._measure_peak(contender, row)
@@ -191,7 +193,8 @@ def largest(needed: Callable[[int], int], cap: int) -> int:
     """
     low, high = 0, 1
     while needed(high) <= cap:
-        low, high = high, 8 * high
+        ahead = high + int((cap - needed(high)) * (high - low) / (needed(high) - needed(low))) + 1 if low else 8
+        low, high = high, ahead
     while low and high - low > 1:
         slope = (needed(high) - needed(low)) / (high - low)
         guess = min(max(low + 1, low + int((cap - needed(low)) / slope)), high - 1)
