@@ -108,7 +108,7 @@ class Comparison:
             if self._device.type == "cpu" and (row.predicted_bytes or 0) > self.cap:
                 row.error = OUT_OF_MEMORY  # a process is not told of it on a CPU but killed
                 continue
-            steps[contender.name] = partial(self._step, contender, row.batch_size)
+            steps[contender.name] = partial(self.step, contender, row.batch_size)
         by_name = {row.contender: row for row in rows.values()}
 
         def report(method: str, ms: float | None = None, error: str | None = None) -> None:
@@ -127,12 +127,12 @@ class Comparison:
                     self._measure_peak(contender, row)
         return list(rows.values())
 
-    def _step(self, contender: Contender, size: int) -> Callable[[], None]:
+    def step(self, contender: Contender, size: int) -> Callable[[], None]:
         batch = {name: t.to(self._device) for name, t in resized(self._template, size).items()}
         return partial(self._twins.step, contender, batch, self._bf16)
 
     def _measure_peak(self, contender: Contender, row: Row) -> None:
-        step = self._step(contender, row.batch_size)
+        step = self.step(contender, row.batch_size)
         if self._device.type == "cuda":
             release(self._device)
             try:
@@ -173,7 +173,7 @@ class Comparison:
     def _fits(self, contender: Contender, size: int) -> bool:
         release(self._device)
         try:
-            self._step(contender, size)()
+            self.step(contender, size)()
             torch.cuda.synchronize(self._device)
         except Exception as error:
             if error_of(error) != OUT_OF_MEMORY:

@@ -1,0 +1,164 @@
+"""What a profiler's trace of a backward pass says: when steps were rebuilt, and when gradients were computed.
+
+On a CPU these are times of threads. On CUDA they are times of kernels, which a launch in a rebuild's or a gradient
+computation's range has set off, whenever they run.
+"""
+
+import json
+import os
+import re
+import tempfile
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._C._profiler import _ExperimentalConfig
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from hf_pareprop.engine import Rebuilt, Record
+
+REBUILD, GRADIENTS = "pareprop: rebuild", "pareprop: gradients"
+
+Event = dict[str, Any]
+Interval = tuple[float, float]
+
+ON_DEVICE = {"kernel", "gpu_memcpy", "gpu_memset"}
+CALLS = {"cuda_runtime", "cuda_driver"}
+BLOCKS_THE_HOST = re.compile(r"^cu(da)?\w*Synchronize|^cu(da)?Memcpy(?!\w*Async)")
+
+
+@dataclass(frozen=True)
+class Span:
+    """Work on a step: ``kind`` is :data:`REBUILD` or :data:`GRADIENTS`, times are in microseconds of the trace.
+
+    ``lane`` is the thread or the stream, ``step`` counts from 0, the last one of the model, which comes first.
+    """
+
+    kind: str
+    lane: str
+    step: int
+    start: float
+    end: float
+
+
+def traced(step: Callable[[], None], device: torch.device) -> list[Event]:
+    """The trace of ``step``, which trains a reversible model, in Chrome's format."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it announces its start and stop
+    # Or the profiler sees the calling thread alone.
+    everywhere = _ExperimentalConfig(profile_all_threads=True)
+    with _annotated(), profile(activities=activities, experimental_config=everywhere) as profiler:
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        return json.loads(path.read_text())["traceEvents"]
+
+
+@contextmanager
+def _annotated() -> Iterator[None]:
+    """Put ranges around what the engines do; not in the engines, which then would cost something untraced."""
+    places = ((Record, "rebuild", REBUILD), (Rebuilt, "gradients", GRADIENTS))
+    originals = [getattr(owner, name) for owner, name, _ in places]
+    for (owner, name, label), original in zip(places, originals, strict=True):
+        setattr(owner, name, _in_range(original, label))
+    try:
+        yield
+    finally:
+        for (owner, name, _), original in zip(places, originals, strict=True):
+            setattr(owner, name, original)
+
+
+def _in_range(function: Callable[..., Any], label: str) -> Callable[..., Any]:
+    @wraps(function)
+    def inner(*args: Any, **kwargs: Any) -> Any:
+        with record_function(label):
+            return function(*args, **kwargs)
+
+    return inner
+
+
+def spans_of(events: Sequence[Event]) -> list[Span]:
+    """What ran for each rebuild and each gradient computation: kernels if there are any, else the ranges themselves."""
+    ranges = _ranges(events)
+    kernels = [event for event in events if event.get("cat") in ON_DEVICE]
+    if not kernels:
+        return ranges
+    launches = {e["args"]["correlation"]: e for e in events if e.get("cat") in CALLS and "correlation" in e["args"]}
+    by_thread: dict[str, list[Span]] = defaultdict(list)
+    for span in ranges:
+        by_thread[span.lane].append(span)
+    found = []
+    for kernel in kernels:
+        launch = launches.get(kernel["args"].get("correlation"))
+        cause = launch and _around(by_thread[_thread(launch)], launch["ts"])
+        if cause:
+            lane = f"stream {kernel['args']['stream']}"
+            found.append(Span(cause.kind, lane, cause.step, kernel["ts"], kernel["ts"] + kernel["dur"]))
+    return sorted(found, key=lambda span: span.start)
+
+
+def _ranges(events: Sequence[Event]) -> list[Span]:
+    """By start. Both kinds go through the steps in the same order, so counting tells the step."""
+    found = []
+    for kind in (REBUILD, GRADIENTS):
+        own = [e for e in events if e.get("cat") == "user_annotation" and e["name"] == kind]
+        for step, e in enumerate(sorted(own, key=lambda e: e["ts"])):
+            found.append(Span(kind, _thread(e), step, e["ts"], e["ts"] + e["dur"]))
+    return sorted(found, key=lambda span: span.start)
+
+
+def _thread(event: Event) -> str:
+    return f"thread {event['tid']}"
+
+
+def _around(spans: Sequence[Span], moment: float) -> Span | None:
+    """The span of one thread, whose spans follow each other, that ``moment`` is in."""
+    index = bisect_right(spans, moment, key=lambda span: span.start) - 1
+    return spans[index] if index >= 0 and moment <= spans[index].end else None
+
+
+def busy(spans: Sequence[Span], kind: str) -> list[Interval]:
+    """When any work of ``kind`` was under way: intervals that are apart, in order."""
+    merged: list[Interval] = []
+    for start, end in sorted((span.start, span.end) for span in spans if span.kind == kind):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def length(intervals: Sequence[Interval]) -> float:
+    return sum(end - start for start, end in intervals)
+
+
+def hidden_share(spans: Sequence[Span]) -> float:
+    """The share of the time spent on rebuilding during which gradients were computed, too: 0 for serial reprop.
+
+    Raises:
+        ValueError: nothing was rebuilt.
+    """
+    rebuilding, gradients = busy(spans, REBUILD), busy(spans, GRADIENTS)
+    if not rebuilding:
+        raise ValueError("the trace has no rebuilding in it: the engine is autograd, or no layer is reversible.")
+    both = (min(a[1], b[1]) - max(a[0], b[0]) for a in rebuilding for b in gradients)
+    return sum(overlap for overlap in both if overlap > 0) / length(rebuilding)
+
+
+def host_synchronisations(events: Sequence[Event]) -> list[str]:
+    """Calls between the launches of the first and the last kernel of the rebuilding that made the host wait."""
+    ranges = _ranges(events)
+    if not ranges:
+        return []
+    first, last = ranges[0].start, max(span.end for span in ranges)
+    calls = (e for e in events if e.get("cat") in CALLS and first <= e["ts"] <= last)
+    return [call["name"] for call in calls if BLOCKS_THE_HOST.match(call["name"])]

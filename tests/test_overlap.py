@@ -1,0 +1,129 @@
+"""Whether rebuilding runs beside the gradient computation, read off traces."""
+
+import pytest
+import torch
+from families import FAMILIES
+from tracing import GRADIENTS, REBUILD, Span, busy, hidden_share, host_synchronisations, length, spans_of, traced
+
+from hf_pareprop.tools.compare import resized
+
+
+def span(kind, start, end):
+    return Span(kind, "thread 1", 0, start, end)
+
+
+def a_range(kind, ts, dur, tid=1):
+    return {"cat": "user_annotation", "name": kind, "ts": ts, "dur": dur, "tid": tid}
+
+
+def a_kernel(correlation, launched, ts, dur, stream, tid=1, call="cudaLaunchKernel"):
+    launch = {"cat": "cuda_runtime", "name": call, "ts": launched, "dur": 1, "tid": tid}
+    kernel = {"cat": "kernel", "name": "gemm", "ts": ts, "dur": dur, "tid": 99}
+    return [
+        {**launch, "args": {"correlation": correlation}},
+        {**kernel, "args": {"correlation": correlation, "stream": stream}},
+    ]
+
+
+@pytest.mark.parametrize(
+    "rebuilds, gradients, expected",
+    [
+        ([(0, 10)], [(10, 20)], 0.0),
+        ([(0, 10)], [(4, 20)], 0.6),
+        ([(0, 10), (20, 30)], [(0, 30)], 1.0),
+        ([(0, 10), (5, 20)], [(15, 16), (15, 18)], 0.15),  # overlapping spans of one kind count once
+    ],
+)
+def test_hidden_share(rebuilds, gradients, expected):
+    spans = [span(REBUILD, *r) for r in rebuilds] + [span(GRADIENTS, *g) for g in gradients]
+    assert hidden_share(spans) == pytest.approx(expected)
+
+
+def test_nothing_rebuilt_is_an_error():
+    with pytest.raises(ValueError, match="no rebuilding"):
+        hidden_share([span(GRADIENTS, 0, 1)])
+
+
+def test_kernels_belong_to_the_range_that_launched_them():
+    """However late they run, and on whatever stream; other kernels and other threads' launches do not count."""
+    events = [
+        a_range(REBUILD, 0, 10),
+        a_range(GRADIENTS, 12, 10),
+        a_range(REBUILD, 24, 10),
+        *a_kernel(1, 5, 100, 50, stream=7),
+        *a_kernel(2, 15, 120, 100, stream=20),
+        *a_kernel(3, 30, 160, 50, stream=7),
+        *a_kernel(4, 11, 90, 1000, stream=7),  # between the ranges: not ours
+        *a_kernel(5, 5, 90, 1000, stream=7, tid=2),  # of another thread
+    ]
+    spans = spans_of(events)
+    assert [(s.kind, s.lane, s.step, s.start, s.end) for s in spans] == [
+        (REBUILD, "stream 7", 0, 100, 150),
+        (GRADIENTS, "stream 20", 0, 120, 220),
+        (REBUILD, "stream 7", 1, 160, 210),
+    ]
+    assert hidden_share(spans) == pytest.approx(80 / 100)
+    assert length(busy(spans, REBUILD)) == 100
+
+
+def test_calls_that_make_the_host_wait_are_found():
+    events = [
+        a_range(REBUILD, 0, 10),
+        a_range(GRADIENTS, 12, 10),
+        *a_kernel(1, 5, 100, 50, stream=7),
+        *a_kernel(2, 6, 100, 50, stream=7, call="cudaMemcpyAsync"),
+        *a_kernel(3, 13, 100, 50, stream=7, call="cudaEventRecord"),
+    ]
+    assert host_synchronisations(events) == []
+    waits = [
+        (4, "cudaStreamSynchronize"),
+        (8, "cudaMemcpy"),
+        (14, "cudaDeviceSynchronize"),
+        (99, "cudaDeviceSynchronize"),
+    ]
+    events += [{"cat": "cuda_runtime", "name": name, "ts": ts, "dur": 1, "tid": 1, "args": {}} for ts, name in waits]
+    assert host_synchronisations(events) == ["cudaStreamSynchronize", "cudaMemcpy", "cudaDeviceSynchronize"]
+
+
+def forward_of(family, engine, device):
+    """The forward pass of a model that has trained a step; of a size at which a thread's start is nothing beside a step."""
+    chosen = FAMILIES[family]._replace(
+        fields={**FAMILIES[family].fields, "hidden_size": 128, "intermediate_size": 512}
+    )
+    model = chosen.build(depth=4, backward_engine=engine, beta=0.5).to(device)
+    batch = {name: tensor.to(device) for name, tensor in resized(chosen.batch(), 64).items()}
+    model(**batch).loss.backward()
+    return lambda: model(**batch).loss
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_worker_thread_hides_rebuilding(family, lane):
+    device = torch.device("cpu")
+    spans = {e: spans_of(traced(forward_of(family, e, device)().backward, device)) for e in ("reprop", "pareprop")}
+    for own in spans.values():
+        for kind in (REBUILD, GRADIENTS):
+            assert [s.step for s in own if s.kind == kind] == list(range(8))
+    assert hidden_share(spans["reprop"]) == 0
+    if lane == "thread":
+        assert hidden_share(spans["pareprop"]) > 0
+        assert len({s.lane for s in spans["pareprop"]}) == 2
+    else:
+        assert hidden_share(spans["pareprop"]) == 0
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streams_hide_rebuilding_without_host_synchronisation(family, bf16):
+    device = torch.device("cuda", 0)
+    with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+        forward = forward_of(family, "pareprop", device)
+        loss = forward()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        events = traced(forward().backward, device)
+    assert host_synchronisations(events) == []
+    assert hidden_share(spans_of(events)) > 0
