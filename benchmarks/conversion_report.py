@@ -16,6 +16,11 @@ NEAR = 0.003
 
 def name_of(row: Row) -> str:
     """The variant of a case in words."""
+    name = _variant(row)
+    return f"{name}, {row['steps']} steps" if row.get("steps") else name
+
+
+def _variant(row: Row) -> str:
     beta = row["beta"]
     if beta is None:
         return "stock"
@@ -41,10 +46,10 @@ def name_of(row: Row) -> str:
 def names_of(rows: Sequence[Row]) -> list[str]:
     """Every variant once: the stock model, the plain betas from large to small, then what is special, by its kind."""
 
-    def order(row: Row) -> tuple[bool, str, float]:
+    def order(row: Row) -> tuple[str, bool, float]:
         kind = name_of(row).partition(",")[2]
         beta = row["beta"]
-        return beta is not None, kind, -max(beta) if isinstance(beta, list) else -(beta or 0)
+        return kind, beta is not None, -max(beta) if isinstance(beta, list) else -(beta or 0)
 
     return list(dict.fromkeys(name_of(row) for row in sorted(rows, key=order)))
 
@@ -99,9 +104,15 @@ def of(rows: Sequence[Row], name: str, task: str) -> dict[int, Row]:
     return {r["seed"]: r for r in rows if r.get("task") == task and name_of(r) == name}
 
 
+def stock_for(rows: Sequence[Row], name: str) -> str:
+    """The name of the stock model that a variant is compared with: that of as many steps."""
+    steps = next(r.get("steps") for r in rows if name_of(r) == name)
+    return name_of({"beta": None, "steps": steps})
+
+
 def difference(rows: Sequence[Row], name: str, task: str, what: str = "accuracy") -> float | None:
-    """Mean difference to the stock model over the seeds that both have, in points."""
-    found, stock = of(rows, name, task), of(rows, "stock", task)
+    """Mean difference to the stock model of as many steps over the seeds that both have, in points."""
+    found, stock = of(rows, name, task), of(rows, stock_for(rows, name), task)
     pairs = [(found[s][what], stock[s]["accuracy"]) for s in found.keys() & stock.keys()]
     return 100 * statistics.mean(a - b for a, b in pairs) if pairs and pairs[0][0] is not None else None
 
@@ -113,7 +124,7 @@ def _accuracy(rows: Sequence[Row], name: str, task: str) -> str:
     scores = [100 * r["accuracy"] for r in found.values()]
     spread = f"[{min(scores):.1f}, {max(scores):.1f}] {len(scores)} seeds" if len(scores) > 1 else "1 seed"
     text = f"{statistics.mean(scores):.1f} ({spread})"
-    if name == "stock":
+    if name == stock_for(rows, name):
         return text
     for what, words in (("accuracy", ""), ("accuracy_as_stock", "; as stock ")):
         points = difference(rows, name, task, what)
@@ -124,7 +135,7 @@ def _accuracy(rows: Sequence[Row], name: str, task: str) -> str:
 
 def reached(rows: Sequence[Row], name: str, task: str) -> int | None:
     """After how many quarters of the budget the mean curve is level with the end of the stock model's; or ``None``."""
-    curves = [[r["curve"] for r in of(rows, n, task).values()] for n in (name, "stock")]
+    curves = [[r["curve"] for r in of(rows, n, task).values()] for n in (name, stock_for(rows, name))]
     if not all(curves):
         return None
     own, stock = ([statistics.mean(points) for points in zip(*c, strict=True)] for c in curves)
@@ -144,7 +155,8 @@ def plot(results: Sequence[Row]) -> "Figure":
     axes = figure.subplots()
     betas = [1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0]
     for task in dict.fromkeys(r["task"] for r in results if "task" in r):
-        points = [(b, difference(results, f"beta {_fraction(b)}", task)) for b in betas]
+        names = [(b, f"beta {_fraction(b)}") for b in betas]
+        points = [(b, difference(results, n, task)) for b, n in names if of(results, n, task)]
         points = [(b, d) for b, d in points if d is not None]
         axes.plot([b for b, _ in points], [d for _, d in points], marker="o", label=task)
     axes.axhline(0, color="black", linewidth=0.8)

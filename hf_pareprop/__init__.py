@@ -23,6 +23,7 @@ from .modeling_rev_roberta import (
     RevRobertaModel,
 )
 from .modeling_rev_vit import RevViTForImageClassification, RevViTForMaskedImageModeling, RevViTModel
+from .tools.callbacks import MemoryBudget
 from .tools.convert import to_reversible, to_stock
 from .tools.schedule import BetaSchedule
 from .tools.verify import verify
@@ -46,6 +47,7 @@ for auto, model in (
 
 __all__ = [
     "BetaSchedule",
+    "MemoryBudget",
     "RevRobertaConfig",
     "RevRobertaForMaskedLM",
     "RevRobertaForMultipleChoice",

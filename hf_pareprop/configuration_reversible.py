@@ -7,6 +7,7 @@ from transformers.utils import logging
 
 from .coupling import LayerPlan, plan_layers
 from .engine import get_engine
+from .retention import check_retention
 
 logger = logging.get_logger(__name__)
 
@@ -26,6 +27,11 @@ class ReversibleConfig(PreTrainedConfig):
             rebuilt states drift, gradients become approximate.
         anchor_every (`int` or `None`, defaults to `None`):
             Store a pair of states after every so many layers; `None` stores none, unless the absence of a grid asks for it.
+        retained_layers (`int`, defaults to 0):
+            So many of the last layers keep their graphs from the forward pass and are not rebuilt: faster, more memory.
+        memory_budget (`"auto"`, `int`, `float` or `None`, defaults to `None`):
+            Keep the graphs of as many layers as fit into so many bytes, into a fraction of the free memory, or
+            (`"auto"`) into nearly all of it. Measured in the first steps, and for every shape of batch.
         stock_model_type (`str` or `None`, defaults to `None`):
             Model type of the stock checkpoint that the weights came from, which exporting returns to; `None` is the
             family's own.
@@ -35,6 +41,8 @@ class ReversibleConfig(PreTrainedConfig):
     backward_engine: str = "pareprop"
     grid_bits: int | None = 12
     anchor_every: int | None = None
+    retained_layers: int = 0
+    memory_budget: str | int | float | None = None
     stock_model_type: str | None = None
 
     stock_model_types: ClassVar[tuple[str, ...]] = ()
@@ -47,6 +55,7 @@ class ReversibleConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.layer_plans()
         get_engine(self.backward_engine)
+        check_retention(self.retained_layers, self.memory_budget)
         stock = (*self.stock_model_types, *self.converted_model_types)
         if self.stock_model_type is not None and self.stock_model_type not in stock:
             raise ValueError(f"stock_model_type={self.stock_model_type!r} is not None or one of {', '.join(stock)}.")

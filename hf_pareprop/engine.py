@@ -24,6 +24,7 @@ from torch.func import functional_call
 from .coupling import LayerPlan, advance, enter, fuse, phi, read, retreat, side_bits
 from .lanes import Lane, Session, inline_lane, side_lane
 from .replay import Moment
+from .retention import Retention
 
 Step = Callable[..., tuple[Tensor, Tensor]]
 """``step(state, *inputs) -> (residual, branch)``: a sub-block without its residual connection.
@@ -115,14 +116,17 @@ class Tape:
     Args:
         engine: one of :data:`ENGINES`.
         plans: the coupling of every layer, from :func:`coupling.plan_layers`.
+        retention: how many of the last layers keep their graphs; by default none.
     """
 
     dtype: torch.dtype
     """The compute dtype: that of the embeddings."""
 
-    def __init__(self, engine: "Engine", plans: Sequence[LayerPlan]):
+    def __init__(self, engine: "Engine", plans: Sequence[LayerPlan], retention: Retention | None = None):
         self.engine = engine
         self.plans = plans
+        self.retention = retention or Retention()
+        self.kept_from = len(plans)
         self.records: dict[int, Record] = {}
         self.pairs: dict[int, Pair] = {}
         self.ahead: dict[int, Any] = {}
@@ -130,6 +134,7 @@ class Tape:
     def start(self, embeddings: Tensor) -> Pair:
         """The first pair, ``s[-1] = s[0] = embeddings``; their dtype becomes the compute dtype."""
         self.dtype = embeddings.dtype
+        self.kept_from = len(self.plans) - self.retention.layers_for(embeddings, len(self.plans))
         return embeddings, embeddings
 
     @torch.compiler.disable  # a compiled forward and an eager recomputation would differ in bits
@@ -227,11 +232,13 @@ class Reprop:
         sources = (previous, current, *record.inputs, *parameters)
         if not (torch.is_grad_enabled() and any(t.requires_grad for t in sources)):
             return record.run(previous, current)
+        if index >= tape.kept_from:
+            return tape.retention.run(partial(record.run, previous, current), parameters)
         record.inputs = tuple(t.detach().requires_grad_(t.requires_grad) for t in record.inputs)
         record.parameters = parameters
         tape.records[index] = record
         previous, current = _RebuiltLayer.apply(tape, index, *sources)
-        if record.plan.closes:
+        if record.plan.closes or index + 1 == tape.kept_from:
             previous, current = _Anchor.apply(tape, index, previous, current)
         return previous, current
 

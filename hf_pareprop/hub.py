@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from .coupling import LayerPlan, plan_layers
 from .engine import Tape, get_engine
+from .retention import Retention
 
 logger = logging.get_logger(__name__)
 
@@ -38,6 +39,7 @@ class ReversiblePreTrainedModel(PreTrainedModel):
     """
 
     layer_plans: tuple[LayerPlan, ...]
+    retention: Retention | None = None
 
     auto_map: ClassVar[dict[str, str]] = {}
     """From each Auto class to the family's class for it, as `module.Class`; written into every checkpoint."""
@@ -80,6 +82,36 @@ class ReversiblePreTrainedModel(PreTrainedModel):
         config.beta = beta if isinstance(beta, (int, float)) else list(beta)
         base.layer_plans = plans
 
+    def set_retention(self, layers: int = 0, memory_budget: str | int | float | None = None) -> None:
+        """Choose how many of the last layers keep their graphs, or by which budget, from the next forward pass on.
+
+        The gradients are the same. See `retained_layers` and `memory_budget` of the configuration, which stays as it
+        is: it travels, and memory is a machine's.
+
+        Raises:
+            ValueError: one of the two is out of range, or both are given.
+        """
+        base: Any = self.base_model
+        base.retention = Retention(layers, memory_budget)
+
+    def encode(self, embeddings: Tensor, attention_mask: Any, **kwargs: Any) -> Tensor:
+        """Run the encoder with a tape of its own; where memory runs out, once more with fewer graphs kept."""
+        if self.retention is None:
+            self.retention = Retention(self.config.retained_layers, self.config.memory_budget)
+        encoder: Any = self.encoder
+        while True:
+            tape = self.new_tape(encoder.layer, attention_mask, **kwargs)
+            try:
+                return encoder(embeddings, attention_mask, tape, **kwargs)
+            except torch.OutOfMemoryError:
+                if not self.retention.back_off():
+                    raise
+            logger.warning(
+                "out of memory in the forward pass: it is repeated, and from now on fewer layers keep their graphs."
+            )
+            del tape
+            torch.cuda.empty_cache()
+
     def new_tape(self, layers: nn.ModuleList, attention_mask: Any, **kwargs: Any) -> Tape:
         """The tape of one forward pass.
 
@@ -97,7 +129,7 @@ class ReversiblePreTrainedModel(PreTrainedModel):
                 f"{', '.join(reasons) or 'an attention mask that needs a gradient'}."
             )
             engine = "autograd"
-        return Tape(get_engine(engine), self.layer_plans)
+        return Tape(get_engine(engine), self.layer_plans, self.retention)
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:
         """As in transformers; the code of the model goes along, so that it loads with `trust_remote_code=True`."""

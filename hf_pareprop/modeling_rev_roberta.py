@@ -319,8 +319,7 @@ class RevRobertaModel(RevRobertaPreTrainedModel):
         attention_mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=embeddings, attention_mask=attention_mask
         )
-        tape = self.new_tape(self.encoder.layer, attention_mask, **kwargs)
-        sequence_output = self.encoder(embeddings, attention_mask, tape, position_ids=position_ids, **kwargs)
+        sequence_output = self.encode(embeddings, attention_mask, position_ids=position_ids, **kwargs)
         pooled_output = self.pooler(sequence_output) if self.pooler is not None else None
         return BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=sequence_output, pooler_output=pooled_output

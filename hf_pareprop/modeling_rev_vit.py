@@ -298,8 +298,7 @@ class RevViTModel(RevViTPreTrainedModel):
         attention_mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=embeddings, attention_mask=attention_mask
         )
-        tape = self.new_tape(self.encoder.layer, attention_mask, **kwargs)
-        sequence_output = self.layernorm(self.encoder(embeddings, attention_mask, tape, **kwargs))
+        sequence_output = self.layernorm(self.encode(embeddings, attention_mask, **kwargs))
         pooled_output = self.pooler(sequence_output) if self.pooler is not None else None
         return BaseModelOutputWithPooling(last_hidden_state=sequence_output, pooler_output=pooled_output)
 

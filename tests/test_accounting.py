@@ -151,6 +151,17 @@ def test_a_case_that_does_not_fit_is_a_row():
     assert comparison.largest_batch(COMPILED, need) is None
 
 
+def test_layers_are_retained_as_far_as_they_fit():
+    subject, batch = subject_of("vit"), FAMILIES["vit"].batch()
+    pareprop = reversible_contenders([1], ("pareprop",))[0]
+    needs = [Comparison(subject, batch, CPU, False).predict(pareprop.retaining(k), 64).total for k in range(5)]
+    assert needs == sorted(needs)
+    for kept in (1, 3, 4):
+        assert Comparison(subject, batch, CPU, False, cap=needs[kept]).most_retained(pareprop, 64) == kept
+    (row,) = Comparison(subject, batch, CPU, False).measure({pareprop.retaining(2): 8}, 1, lambda line: None)
+    assert row.error is None and row.contender == "pareprop, beta 1, 2 layers kept"
+
+
 def test_a_cap_below_the_weights_is_refused():
     with pytest.raises(ValueError, match="memory cap of 0 MB is below the weights"):
         Comparison(subject_of("vit"), FAMILIES["vit"].batch(), CPU, False, cap=1000)

@@ -358,8 +358,55 @@ def test_a_full_disk(command, run, src, tmp_path):
     assert names_in(old) == before and names_in(tmp_path) == ["old", "stock"]
 
 
+def bench(*arguments):
+    return ("bench", "--no-compile", "--rounds", 1, *arguments)
+
+
+def test_bench(run, src, texts, tmp_path):
+    said = run(*bench("--model", src, "--data", texts, "--batch-size", 3, "--out", tmp_path / "report"))
+    found = json.loads((tmp_path / "report" / "bench.json").read_text())
+    names = [row["contender"] for row in found["rows"]]
+    assert names[:3] == ["plain training", "gradient checkpointing", "activations on the CPU"]
+    assert names[3:] == [f"{engine}, beta {beta}" for beta in ("0.0625", "1") for engine in ("reprop", "pareprop")]
+    assert all(len(row["ms"]) == 1 and row["batch_size"] == 3 for row in found["rows"])
+    assert all(name in said for name in names) and "largest batch" in said and "states" in said
+    assert found["recommendation"] in said and found["torch"] == torch.__version__
+    assert names_in(tmp_path / "report") == ["bench.json", "bench.png"]
+
+
+def test_bench_within_a_cap(run, src, tmp_path):
+    """What does not fit at the batch size asked for is measured at the largest that does."""
+    sizes = ("--batch-size", 4096, "--memory-cap", "16MB", "--out", tmp_path / "report")
+    said = run(*bench("--model", src, "--max-length", 20, *sizes))
+    rows = {row["contender"]: row for row in json.loads((tmp_path / "report" / "bench.json").read_text())["rows"]}
+    assert 1 < rows["plain training"]["batch_size"] < rows["reprop, beta 1"]["batch_size"] < 4096
+    assert all(sum(row["predicted"].values()) <= 16 * 2**20 for row in rows.values())
+    assert "Accumulate gradients over" in said and "nothing fits" in said
+
+
+def test_bench_of_a_reversible_checkpoint(run, src, tmp_path):
+    run("convert", src, tmp_path / "reversible")
+    assert "RevRobertaForSequenceClassification" in run(*bench("--model", tmp_path / "reversible"))
+
+
+def test_bench_refuses(run, src, tmp_path):
+    assert "neither a directory nor" in run(*bench("--model", tmp_path / "nowhere"), status=1)
+    assert "below the weights" in run(*bench("--model", src, "--memory-cap", "0.1MB"), status=1)
+    for cap in ("lots", "16", "-1GB", "0GB"):
+        assert "not an amount of memory, such as 16GB" in run(*bench("--model", src, "--memory-cap", cap), status=1)
+    assert "beta=0.3" in run(*bench("--model", src, "--beta", 0.3), status=1)
+    assert "not a device of PyTorch" in run(*bench("--model", src, "--device", "abacus"), status=1)
+    if not torch.cuda.is_available():
+        assert "finds no CUDA device here" in run(*bench("--model", src, "--device", "cuda"), status=1)
+    (tmp_path / "out").mkdir()
+    assert "add --overwrite" in run(*bench("--model", src, "--out", tmp_path / "out"), status=1)
+    edit(src, architectures=["GPT2LMHeadModel"], model_type="gpt2")
+    assert "GPT2LMHeadModel" in run(*bench("--model", src, "--out", tmp_path / "new"), status=1)
+    assert names_in(tmp_path) == ["out", "stock"]
+
+
 def test_help(run):
-    assert all(command in run("--help") for command in ("convert", "export", "verify"))
+    assert all(command in run("--help") for command in ("convert", "export", "verify", "bench"))
 
 
 def test_sizes_of_the_tests_fit():

@@ -85,6 +85,41 @@ def test_states_benchmark(tmp_path):
 
 
 @pytest.mark.slow
+def test_throughput_benchmark(tmp_path):
+    """All parts of the smallest size, and a second run, which has nothing left to do."""
+    command = ["benchmarks/throughput.py", "--device", "cpu", "--sizes", "vit-s", "--precisions", "bf16"]
+    command += ["--max-batch", 1, "--rounds", 1, "--betas", 1, "--caps", 16, "--out", tmp_path]
+    first = run(*command).stdout
+    (path,) = tmp_path.glob("throughput-*.json")
+    parts = json.loads(path.read_text())["parts"]
+    assert [part["kind"] for part in parts] == ["speed", "limits", "depths"]
+    assert all(row["ms"] and not row["error"] for row in parts[0]["rows"]) and len(parts[0]["rows"]) == 7
+    assert parts[1]["limits"]["reprop, beta 1"]["16"] > parts[1]["limits"]["plain training"]["16"] > 1
+    assert len(list(tmp_path.glob("*.png"))) == 2
+    second = run(*command).stdout
+    assert second.count("was done before") == 3
+    assert second.split("\n\n", 1)[1] == first.split("\n\n", 1)[1]
+
+
+@pytest.mark.slow
+def test_overlap_benchmark(tmp_path):
+    size = ["--size", "vit-s", "--depth", 2, "--rounds", 1, "--name", "x", "--out", tmp_path]
+    assert "hidden" in run("benchmarks/overlap.py", "--device", "cpu", *size).stdout
+    assert set(json.loads((tmp_path / "x.json").read_text())["traces"]) == {"reprop, beta 0.5", "pareprop, beta 0.5"}
+    assert (tmp_path / "x.png").stat().st_size > 10_000
+
+
+def test_benchmarks_refuse_bad_arguments():
+    assert "--sizes vit-xl: unknown" in run("benchmarks/throughput.py", "--sizes", "vit-xl", code=2).stderr
+    assert "--betas 0.3: " in run("benchmarks/throughput.py", "--betas", 0.3, code=2).stderr
+    assert "invalid choice: 'vit-xl'" in run("benchmarks/overlap.py", "--size", "vit-xl", code=2).stderr
+
+
+def test_readme_shows_the_results():
+    run("benchmarks/readme.py", "--check")
+
+
+@pytest.mark.slow
 def test_text_example_on_files(tmp_path):
     """A stock checkpoint and data of one's own."""
     import assets

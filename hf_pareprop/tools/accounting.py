@@ -185,7 +185,7 @@ def _states_named(model: PreTrainedModel, ledger: _Ledger) -> Iterator[None]:
 class _NamingTape(Tape):
     def __init__(self, ledger: _Ledger, tape: Tape):
         engine = Ahead() if isinstance(tape.engine, PaReprop) else tape.engine
-        super().__init__(engine, tape.plans)
+        super().__init__(engine, tape.plans, tape.retention)
         self._ledger = ledger
 
     def layer(self, index: int, *args: Any, **kwargs: Any) -> Pair:

@@ -54,6 +54,14 @@ def batch_for(source: Source, subject: Subject, data: Path | None, size: int, ma
     return with_targets(batch, model)
 
 
+def with_retention(comparison: Comparison, ways: Sequence[Contender], size: int) -> list[Contender]:
+    """``ways``, and pareprop with the graphs of as many layers kept as fit, where that is some and not all of them."""
+    plain_fits = comparison.predict(STOCK, size).total <= comparison.cap
+    pareprop = next(way for way in ways if way.engine == "pareprop")
+    kept = 0 if plain_fits else comparison.most_retained(pareprop, size)
+    return [*ways, pareprop.retaining(kept)] if kept else list(ways)
+
+
 def sizes_within(comparison: Comparison, ways: Sequence[Contender], size: int) -> dict[Contender, int]:
     """The batch size for each contender: the one asked for, or the largest that fits where that is less."""
     sizes = {}
@@ -139,8 +147,10 @@ def _choice(row: Row) -> str:
     if row.contender == STOCK.name:
         return "Stay with plain training."
     if row.contender.startswith(("reprop", "pareprop")):
-        engine, beta = row.contender.split(", beta ")
-        return f"Train the reversible model with backward_engine='{engine}', beta={beta}, batch size {row.batch_size}."
+        engine, beta, *kept = row.contender.split(", ")
+        settings = [f"backward_engine='{engine}'", beta.replace(" ", "=")]
+        settings += [f"retained_layers={layers.split()[0]}" for layers in kept]
+        return f"Train the reversible model with {', '.join(settings)}, batch size {row.batch_size}."
     return f"Use {row.contender} of the stock model, batch size {row.batch_size}."
 
 

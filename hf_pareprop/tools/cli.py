@@ -13,7 +13,17 @@ from transformers.utils import logging
 
 from ..hub import ReversiblePreTrainedModel
 from .architectures import architecture_of
-from .bench import batch_for, contenders, plot, recommend, sizes_within, subject_of, table, where_bytes_go
+from .bench import (
+    batch_for,
+    contenders,
+    plot,
+    recommend,
+    sizes_within,
+    subject_of,
+    table,
+    where_bytes_go,
+    with_retention,
+)
 from .budget import bit_budget
 from .cards import model_card
 from .checkpoint import CheckpointError, copy_companions, load_reversible, load_stock, open_source, whole_directory
@@ -230,7 +240,7 @@ def bench(
     )
     _say("model", title)
     _say("inputs", f"{'random' if data is None else data}; memory: {size_in_words(cap)}")
-    ways = contenders(beta, compiled)
+    ways = with_retention(comparison, contenders(beta, compiled), batch_size)
     rows = comparison.measure(
         sizes_within(comparison, ways, batch_size), rounds, lambda line: typer.echo(line, err=True)
     )

@@ -1,23 +1,20 @@
 """Several ways to train a model, side by side on this machine: time, memory, and how large a batch may be."""
 
-import os
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..lanes import side_lane
+from ..retention import free_memory
 from .accounting import Accounting, predict
 from .contenders import STOCK, Batch, Contender, Subject, Twins
 from .memory import peak_bytes
 from .records import size_in_words
 from .timing import OUT_OF_MEMORY, error_of, release, time_interleaved
-
-MEMINFO = Path("/proc/meminfo")
 
 
 @dataclass
@@ -152,6 +149,15 @@ class Comparison:
 
         return at_most if at_most is not None and needed(at_most) <= cap else largest(needed, cap)
 
+    def most_retained(self, contender: Contender, size: int) -> int:
+        """How many layers' graphs a reversible contender can keep within the cap by prediction, at a batch size."""
+        low, high = 0, self._subject.config.num_hidden_layers
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = self.predict(contender.retaining(middle), size).total <= self.cap
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return low
+
     def largest_batch(self, contender: Contender, cap: int) -> int | None:
         """The largest batch that stays below ``cap``: predicted on a CPU, from there on tried out on CUDA.
 
@@ -221,10 +227,7 @@ class capped:
 
 
 def memory_of(device: torch.device) -> int:
-    """Bytes of memory that a device has, or that the host can give without swapping."""
+    """Bytes of memory that a GPU has, or that the host can give without swapping."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    if MEMINFO.exists():
-        line = next(line for line in MEMINFO.read_text().splitlines() if line.startswith("MemAvailable"))
-        return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return free_memory(device)[0]

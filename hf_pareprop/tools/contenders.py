@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ class Contender:
         name: for people.
         engine: of the reversible model; ``None`` is the stock model.
         beta: of the reversible model.
+        retained: so many of its last layers keep their graphs.
         checkpointing: activation checkpointing of every layer, as ``gradient_checkpointing=True`` does it.
         offload: saved activations wait in the host's memory (``torch.autograd.graph.save_on_cpu``).
         compiled: ``torch.compile``, for each shape anew.
@@ -33,6 +34,7 @@ class Contender:
     name: str
     engine: str | None = None
     beta: float = 0.0
+    retained: int = 0
     checkpointing: bool = False
     offload: bool = False
     compiled: bool = False
@@ -42,8 +44,13 @@ class Contender:
         if self.engine is not None:
             model.set_backward_engine(self.engine)
             model.set_beta(self.beta)
+            model.set_retention(self.retained)
         else:
             _checkpoint(model, self.checkpointing)
+
+    def retaining(self, layers: int) -> "Contender":
+        """The same with the graphs of so many layers kept."""
+        return replace(self, name=f"{self.name}, {layers} layers kept", retained=layers)
 
     def saving(self) -> Any:
         """The context in which the forward pass runs."""

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ..coupling import betas_per_layer
-from ..hub import ReversiblePreTrainedModel
+from .callbacks import reversible_in
 
 HALVINGS = (1 / 4, 1 / 8, 1 / 16, 1 / 32, 0.0)
 
@@ -53,7 +53,7 @@ class BetaSchedule(TrainerCallback):
                 "load_best_model_at_end=True puts the weights of one stage into the coupling of another: turn it off, or "
                 "train without BetaSchedule."
             )
-        reversible = _reversible(model)
+        reversible = reversible_in(model)
         config = reversible.config
         self._own = betas_per_layer(config.beta, config.num_hidden_layers)
         own = config.beta
@@ -62,14 +62,6 @@ class BetaSchedule(TrainerCallback):
         reversible.set_beta(own)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        reversible, beta = _reversible(model), self.beta(state.global_step / state.max_steps)
+        reversible, beta = reversible_in(model), self.beta(state.global_step / state.max_steps)
         if reversible.config.beta != beta:
             reversible.set_beta(beta)
-
-
-def _reversible(model: Any) -> ReversiblePreTrainedModel:
-    """The reversible model in ``model``, which may be an adapter around it."""
-    for module in model.modules():
-        if hasattr(module, "set_beta"):
-            return module
-    raise ValueError(f"{type(model).__name__} is not a reversible model: BetaSchedule has no beta to change.")

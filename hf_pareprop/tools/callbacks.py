@@ -1,0 +1,49 @@
+"""What callbacks of Trainer share, and the one that keeps graphs while there is memory."""
+
+from typing import Any
+
+from transformers import TrainerCallback
+
+from ..hub import ReversiblePreTrainedModel
+from ..retention import check_retention
+
+
+def reversible_in(model: Any) -> ReversiblePreTrainedModel:
+    """The reversible model in ``model``, which may be an adapter around it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for module in model.modules():
+        if isinstance(module, ReversiblePreTrainedModel) or hasattr(module, "set_beta"):
+            return module
+    raise ValueError(f"{type(model).__name__} is not a reversible model.")
+
+
+class MemoryBudget(TrainerCallback):
+    """Keeps the graphs of as many layers as fit, instead of rebuilding them, while Trainer trains.
+
+    The gradients are the same. Where everything fits nothing is rebuilt. The configuration, and with it every
+    checkpoint, stays as it is: the budget belongs to a machine.
+
+    Args:
+        budget: "auto", bytes (`int`), or a fraction (`float`) of the free memory; see `memory_budget` of the
+            configuration.
+
+    Raises:
+        ValueError: ``budget`` is none of these; at the start of training, if the model is not reversible.
+    """
+
+    def __init__(self, budget: str | int | float = "auto"):
+        check_retention(0, budget)
+        self.budget = budget
+        self._before: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        reversible = reversible_in(model)
+        self._before = reversible.base_model.retention
+        reversible.set_retention(memory_budget=self.budget)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        base: Any = reversible_in(model).base_model
+        base.retention = self._before

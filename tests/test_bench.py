@@ -1,0 +1,98 @@
+"""What `hf-pareprop bench` recommends, case by case."""
+
+import pytest
+
+from hf_pareprop.tools.bench import contenders, plot, recommend, table
+from hf_pareprop.tools.compare import Row
+from hf_pareprop.tools.records import MB
+from hf_pareprop.tools.timing import OUT_OF_MEMORY
+
+CAP = 1000 * MB
+PLAIN, CHECKPOINTED, REPROP, PAREPROP = (
+    "plain training",
+    "gradient checkpointing",
+    "reprop, beta 0.0625",
+    "pareprop, beta 0.0625",
+)
+
+
+def row(name, batch_size, rate, megabytes):
+    """``rate`` in samples per second; ``None`` did not fit."""
+    if rate is None:
+        return Row(name, batch_size, error=OUT_OF_MEMORY, predicted={"graphs": megabytes * MB})
+    return Row(name, batch_size, ms=[1e3 * batch_size / rate], peak_bytes=megabytes * MB)
+
+
+def test_plain_training_where_it_is_fastest():
+    rows = [row(PLAIN, 8, 10, 800), row(CHECKPOINTED, 8, 7.5, 300), row(PAREPROP, 8, 8, 200)]
+    said = recommend(rows, 8, CAP)
+    assert said.startswith("Stay with plain training.")
+    assert f"({PAREPROP}) would take 200 MB instead of 800 MB and 1.25 times as long" in said
+
+
+def test_plain_training_also_within_the_scatter_of_timings():
+    rows = [row(PLAIN, 8, 9.9, 800), row(PAREPROP, 8, 10, 200)]
+    assert recommend(rows, 8, CAP).startswith("Stay with plain training.")
+
+
+def test_reversible_training_where_plain_does_not_fit():
+    rows = [
+        row(PLAIN, 1, None, 1200),
+        row(CHECKPOINTED, 8, 7, 700),
+        row(REPROP, 8, 7.5, 200),
+        row(PAREPROP, 8, 8, 260),
+    ]
+    said = recommend(rows, 8, CAP)
+    assert said.startswith("Train the reversible model with backward_engine='pareprop', beta=0.0625, batch size 8.")
+    assert "Plain training does not fit within 1000 MB, not even at batch 1." in said
+
+
+def test_retention_where_some_layers_can_be_kept():
+    kept = f"{PAREPROP}, 5 layers kept"
+    rows = [row(PLAIN, 4, 10, 900), row(PAREPROP, 8, 9, 260), row(kept, 8, 11, 950)]
+    wanted = (
+        "Train the reversible model with backward_engine='pareprop', beta=0.0625, retained_layers=5, batch size 8."
+    )
+    assert recommend(rows, 8, CAP).startswith(wanted)
+
+
+def test_checkpointing_where_it_is_faster():
+    rows = [row(PLAIN, 1, None, 1200), row(CHECKPOINTED, 8, 8, 700), row(PAREPROP, 8, 7, 260)]
+    assert recommend(rows, 8, CAP).startswith("Use gradient checkpointing of the stock model, batch size 8.")
+
+
+def test_accumulation_where_a_smaller_batch_is_faster():
+    rows = [row(PLAIN, 3, 10, 900), row(CHECKPOINTED, 8, 7, 700), row(PAREPROP, 8, 8, 260)]
+    said = recommend(rows, 8, CAP)
+    assert said.startswith("Stay with plain training.")
+    assert "Accumulate gradients over 3 steps for batch 8" in said
+    assert f"take {PAREPROP} at batch 8, 8.00 samples/s, 260 MB" in said
+    alone = recommend([row(PLAIN, 3, 10, 900), row(PAREPROP, 5, 9, 900)], 8, CAP)
+    assert "nothing fits" in alone
+
+
+def test_a_peak_above_the_cap_does_not_count():
+    """On a CPU nothing stops a step from taking more than it should."""
+    rows = [row(PLAIN, 8, 10, 1001), row(PAREPROP, 8, 8, 260)]
+    assert recommend(rows, 8, CAP).startswith("Train the reversible model")
+
+
+def test_nothing_fits():
+    said = recommend([row(PLAIN, 1, None, 2000), row(PAREPROP, 1, None, 1500)], 8, CAP)
+    assert said.startswith("Nothing trains this model within 1000 MB")
+
+
+@pytest.mark.parametrize("beta, reversible", [(0.0625, 4), (1.0, 2)])
+def test_contenders(beta, reversible):
+    """Beside the stock model's ways: the two engines at the beta asked for, and at 1 if that is another one."""
+    found = contenders(beta, compiled=True)
+    assert len(found) == len(set(found)) == 4 + reversible
+    assert any(c.compiled for c in found) and not any(c.compiled for c in contenders(beta, compiled=False))
+
+
+def test_table_and_plot_hold_what_did_not_fit():
+    rows = [row(PLAIN, 8, None, 2000), row(PAREPROP, 8, 8, 260)]
+    lines = table(rows, {PLAIN: 3, PAREPROP: 40})
+    assert OUT_OF_MEMORY in lines[1] and lines[1].split()[-1] == "3"
+    assert "260 MB" in lines[2] and "8.00" in lines[2]
+    assert len(plot(rows, "title", CAP).axes) == 2

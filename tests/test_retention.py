@@ -1,0 +1,279 @@
+"""Layers that keep their graphs: the same gradients, fewer rebuilds, and as many as a budget allows."""
+
+import copy
+
+import pytest
+import torch
+from families import FAMILIES, assert_same, cast, step
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import TrainingArguments
+
+import hf_pareprop as hp
+from hf_pareprop import retention
+from hf_pareprop.engine import Record
+from hf_pareprop.retention import counting_saved
+from hf_pareprop.tools.accounting import predict
+from hf_pareprop.tools.compare import resized
+from hf_pareprop.tools.contenders import Subject, reversible_contenders
+
+DEPTH = 4
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def rebuilt(monkeypatch):
+    """The layers rebuilt since this list was last cleared, by what their records say."""
+    found = []
+    original = Record.rebuild
+
+    def noting(self, index, *args):
+        found.append((self.module.layer_idx, index))
+        return original(self, index, *args)
+
+    monkeypatch.setattr(Record, "rebuild", noting)
+    return found
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("beta", [1.0, 0.5, [0.5, 0, 1.0, 0.25], [0.5, 0.5, 0.25, 0]])
+@pytest.mark.parametrize("layers", [1, 2, 3, 4, 9])
+def test_gradients_are_the_same(name, precision, dropout, beta, layers, rebuilt):
+    family = FAMILIES[name]
+    model = family.build(DEPTH, dropout, beta=beta)
+    batch, autocast = family.batch(), precision == "autocast"
+    if precision == "bf16":
+        model, batch = model.to(torch.bfloat16), cast(batch, torch.bfloat16)
+    loss, grads, rng = step(model, batch, "autograd", autocast=autocast)
+    model.set_retention(layers)
+    for engine in ("reprop", "pareprop"):
+        rebuilt.clear()
+        again = step(model, batch, engine, autocast=autocast)
+        assert torch.equal(loss, again[0])
+        assert_same(grads, again[1])
+        assert torch.equal(rng, again[2])
+        betas = beta if isinstance(beta, list) else [beta] * DEPTH
+        expected = [(i, s) for i in range(DEPTH) for s in (0, 1) if betas[i] and i < DEPTH - layers]
+        assert sorted(rebuilt) == expected
+
+
+def test_with_anchors_and_the_overlap(family, lane):
+    model = family.build(6, 0.1, beta=0.5, anchor_every=2)
+    reference = step(model, family.batch(), "autograd")
+    for layers in range(7):
+        model.set_retention(layers)
+        assert_same(reference[1], step(model, family.batch(), "pareprop")[1])
+
+
+def test_frozen_layers_and_two_forwards_before_a_backward(family):
+    model = family.build(DEPTH, 0.1, beta=0.5)
+    for layer in model.base_model.encoder.layer[:2]:
+        layer.requires_grad_(False)
+    found = []
+    for layers in (0, 3):
+        model.set_retention(layers)
+        model.zero_grad()
+        torch.manual_seed(5)
+        losses = [model(**family.batch()).loss for _ in range(2)]
+        (losses[1] + 2 * losses[0]).backward()
+        found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert_same(*found)
+
+
+def kept_bytes(model, batch):
+    """What a forward pass saves beside parameters."""
+    with counting_saved(tuple(model.parameters())) as found:
+        loss = model(**batch).loss
+    del loss
+    return sum(found.values())
+
+
+def test_a_layer_is_measured_as_what_it_keeps(family):
+    """What one more kept layer adds to all that is saved, and not to what the hooks of others see."""
+    model, batch = family.build(DEPTH, 0.1, beta=0.5), resized(family.batch(), 24)
+    model.set_retention(memory_budget=10**12)
+    model(**batch)
+    (size,) = model.base_model.retention._sizes.values()
+    model.set_retention(1)
+    one = kept_bytes(model, batch)
+    model.set_retention(3)
+    assert kept_bytes(model, batch) - one == pytest.approx(2 * size, rel=0.1)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("family_name", FAMILIES)
+def test_prediction_of_memory_is_within_ten_per_cent(family_name, bf16):
+    """Of the planner, against the accounting of a whole step, where activations matter."""
+    family = FAMILIES[family_name]
+    wide = {"hidden_size": 96, "intermediate_size": 384}
+    subject = Subject.of(family.stock_model.__name__, family.stock_config(**family.config_fields(8, 0.1) | wide))
+    batch = resized(family.batch(), 64)
+    (way,) = reversible_contenders([0.5], ("reprop",))
+    model = subject.build(way)
+    model.set_retention(memory_budget=10**12)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        model(**batch)
+    (size,) = model.base_model.retention._sizes.values()
+
+    def graphs(layers):
+        chosen = copy.deepcopy(subject.config)
+        chosen.retained_layers = layers
+        return predict(Subject(subject.model_class, chosen), way, batch, CPU, bf16).graphs
+
+    assert graphs(8) - graphs(5) == pytest.approx(3 * size, rel=0.1)
+
+
+def layers_kept(model, batch, rebuilt):
+    rebuilt.clear()
+    model(**batch).loss.backward()
+    return model.config.num_hidden_layers - len({layer for layer, _ in rebuilt})
+
+
+def test_bytes(family, rebuilt):
+    model, batch = family.build(DEPTH, beta=0.5), family.batch()
+    model.set_retention(memory_budget=10**12)
+    assert [layers_kept(model, batch, rebuilt) for _ in range(2)] == [1, DEPTH]
+    (size,) = model.base_model.retention._sizes.values()
+    for budget, expected in ((0, 0), (size - 1, 0), (size, 1), (3 * size + 1, 3)):
+        model.set_retention(memory_budget=budget)
+        layers_kept(model, batch, rebuilt)
+        assert layers_kept(model, batch, rebuilt) == expected
+
+
+def test_other_shapes(family, rebuilt):
+    """By what a layer kept per element at first, then as measured; small batches keep more layers."""
+    model, batch = family.build(DEPTH, beta=0.5), family.batch()
+    model.set_retention(memory_budget=10**12)
+    model(**resized(batch, 8))
+    (size,) = model.base_model.retention._sizes.values()
+    model.set_retention(memory_budget=2 * size)
+    model(**resized(batch, 8))
+    kept = {n: layers_kept(model, resized(batch, n), rebuilt) for n in (8, 4, 16, 32)}
+    assert kept == {8: 2, 4: 4, 16: 1, 32: 0}
+    assert len(model.base_model.retention._sizes) == 3  # nothing kept, nothing measured
+
+
+def test_free_memory(family, rebuilt, monkeypatch):
+    """Looked at in the third step; what the first two had at their peak besides is scaled up for larger batches."""
+    model, batch = family.build(DEPTH, beta=0.5), family.batch()
+    model.set_retention(memory_budget=10**12)
+    model(**resized(batch, 8))
+    (size,) = model.base_model.retention._sizes.values()
+    monkeypatch.setattr(retention, "free_memory", lambda device: (4 * size, 3 * size))
+    model.set_retention(memory_budget=0.5)
+    assert [layers_kept(model, resized(batch, 8), rebuilt) for _ in range(3)] == [1, 1, 3]
+    assert layers_kept(model, resized(batch, 9), rebuilt) == 2
+    assert layers_kept(model, resized(batch, 16), rebuilt) == 0
+    model.set_retention(memory_budget="auto")
+    monkeypatch.setattr(retention, "free_memory", lambda device: (int(3.9 / retention.SHARE["cpu"] * size), 0))
+    assert [layers_kept(model, resized(batch, 8), rebuilt) for _ in range(3)] == [1, 1, 4]
+
+
+def test_out_of_memory_is_survived(family, rebuilt, monkeypatch):
+    """In the forward pass of the third layer, once: half as many layers keep their graphs from then on."""
+    model, batch = family.build(DEPTH, 0.1, beta=0.5), family.batch()
+    model.set_retention(memory_budget=10**12)
+    layers_kept(model, batch, rebuilt)
+    original, failures = Record.run, []
+
+    def fails_once(self, previous, current, undoable=False):
+        if self.module.layer_idx == 2 and not undoable and not failures:
+            failures.append(1)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self, previous, current, undoable)
+
+    monkeypatch.setattr(Record, "run", fails_once)
+    assert [layers_kept(model, batch, rebuilt) for _ in range(2)] == [2, 2]
+    assert failures
+
+
+def test_out_of_memory_with_nothing_kept_is_an_error(family, monkeypatch):
+    model = family.build(DEPTH, beta=0.5)
+
+    def fails(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Record, "run", fails)
+    for memory_budget in (None, 0, "auto"):
+        model.set_retention(memory_budget=memory_budget)
+        with pytest.raises(torch.OutOfMemoryError):
+            model(**family.batch())
+
+
+def test_nothing_is_kept_without_gradients(family):
+    model = family.build(DEPTH, beta=0.5)
+    model.set_retention(memory_budget="auto")
+    with torch.no_grad():
+        for _ in range(4):
+            model(**family.batch())
+    assert model.base_model.retention._steps == 0
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(retained_layers=-1), "retained_layers=-1 is not a number of layers"),
+        (dict(retained_layers=True), "retained_layers=True"),
+        (dict(memory_budget="lots"), "memory_budget='lots' is not None, 'auto'"),
+        (dict(memory_budget=1.5), "memory_budget=1.5"),
+        (dict(memory_budget=-1), "memory_budget=-1"),
+        (dict(memory_budget=True), "memory_budget=True"),
+        (dict(retained_layers=1, memory_budget="auto"), "exclude each other"),
+    ],
+)
+def test_bad_values(fields, message):
+    with pytest.raises(ValueError, match=message):
+        hp.RevViTConfig(**fields)
+
+
+def test_free_memory_of_this_machine():
+    free, transient = retention.free_memory(CPU)
+    assert 2**20 < free < 2**50 and transient == 0
+    with pytest.raises(ValueError, match="give memory_budget as a number of bytes"):
+        retention.free_memory(torch.device("mps"))
+
+
+def test_it_travels_with_the_configuration_and_not_into_the_stock_one(tmp_path):
+    family = FAMILIES["vit"]
+    family.build(2, memory_budget=0.25).save_pretrained(tmp_path)
+    again = family.model.from_pretrained(tmp_path)
+    assert again.config.memory_budget == 0.25
+    assert not hasattr(hp.to_stock(again).config, "memory_budget")
+    assert family.model.from_pretrained(tmp_path, memory_budget=None, retained_layers=1).config.retained_layers == 1
+
+
+def test_callback(tmp_path, rebuilt):
+    """Trainer's side of it: nothing in the model's code or checkpoint."""
+    family = FAMILIES["vit"]
+    model, batch = family.build(DEPTH, 0.1, beta=0.5), family.batch()
+    rows = [{name: tensor[i] for name, tensor in batch.items()} for i in range(3)] * 4
+    args = TrainingArguments(tmp_path, max_steps=4, per_device_train_batch_size=3, use_cpu=True, report_to="none")
+    callback = hp.MemoryBudget(10**12)
+    from transformers import Trainer
+
+    Trainer(model, args, train_dataset=rows, callbacks=[callback]).train()
+    assert len(rebuilt) == 2 * (DEPTH - 1)  # in the first step alone
+    assert model.config.memory_budget is None and model.base_model.retention is None
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("family_name", FAMILIES)
+def test_auto_on_cuda(family_name, rebuilt):
+    """Everything is kept where there is plenty of room, and less under a cap; the gradients stay the same."""
+    family, device = FAMILIES[family_name], torch.device("cuda", 0)
+    model = family.build(DEPTH, 0.1, beta=0.5).to(device)
+    batch = {name: tensor.to(device) for name, tensor in family.batch().items()}
+    reference = step(model, batch, "pareprop")
+    model.set_retention(memory_budget="auto")
+    assert [layers_kept(model, batch, rebuilt) for _ in range(3)] == [1, 1, DEPTH]
+    assert_same(reference[1], step(model, batch, "pareprop")[1])
+
+
+def test_the_hooks_of_others_are_left_alone(family):
+    """Measuring works inside a user's own hooks, such as offloading."""
+    model = family.build(2, beta=0.5)
+    model.set_retention(memory_budget=10**12)
+    with saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
+        first = step(model, family.batch(), "pareprop")
+    assert_same(first[1], step(model, family.batch(), "pareprop")[1])
