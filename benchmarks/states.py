@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hf_pareprop.coupling import LayerPlan, advance, plan_layers, retreat, round_to_grid, side_bits
+from hf_pareprop.coupling import LayerPlan, advance_undoably, plan_layers, retreat, round_to_grid
 from hf_pareprop.tools.records import cpu_model, save, software
 
 GRID_BITS = 12
@@ -35,8 +35,7 @@ def fp64(value: Tensor, previous: Tensor, beta: float) -> Tensor:
 
 def packed(value: Tensor, previous: Tensor, plan: LayerPlan) -> Tensor:
     """The same as the package does it."""
-    sides = side_bits(previous, plan)
-    following = advance(value, previous, plan)
+    following, sides = advance_undoably(value, previous, plan)
     return retreat(value, following, plan, sides)
 
 

@@ -231,42 +231,57 @@ class _Advance(torch.autograd.Function):
     @staticmethod
     def forward(ctx, value: Tensor, previous: Tensor, plan: LayerPlan) -> Tensor:
         ctx.beta = plan.beta
-        unit = grid_of(plan)
-        following = torch.mul(previous, plan.beta / unit).floor_()
-        return following.add_(torch.mul(value, 1 / unit).round_()).mul_(unit)
+        if not plan.side_bits:
+            return _add_rounded(previous, value, plan, 1)
+        return _land(torch.mul(previous, plan.beta / grid_of(plan)).floor_(), value, plan)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return grad, grad * ctx.beta, None
+        return grad, grad if ctx.beta == 1 else grad * ctx.beta, None
 
 
 def advance(value: Tensor, previous: Tensor, plan: LayerPlan) -> Tensor:
     """``s[i+1]`` from ``Phi_i(s[i])`` and ``s[i-1]``."""
-    if plan.side_bits:
-        return _Advance.apply(value, previous, plan)
-    return torch.add(round_to_grid(value, plan.grid_bits), previous, alpha=plan.beta)
+    if plan.grid_bits is None:
+        return torch.add(value, previous, alpha=plan.beta)
+    return _Advance.apply(value, previous, plan)
 
 
-def side_bits(previous: Tensor, plan: LayerPlan) -> list[Tensor]:
-    """The bits of ``s[i-1]`` that :func:`advance` shifts below the grid, packed into bytes; what undoing it needs."""
+def advance_undoably(value: Tensor, previous: Tensor, plan: LayerPlan) -> tuple[Tensor, list[Tensor]]:
+    """:func:`advance`, without a graph, and the side bits: what of ``s[i-1]`` is shifted below the grid, packed."""
     if not plan.side_bits:
-        return []
-    units, packed = torch.mul(previous, 1 / grid_of(plan)), []
+        return advance(value, previous, plan), []
+    units, sides = torch.mul(previous, 1 / grid_of(plan)), []
     for width in widths(plan.side_bits):
         kept = torch.mul(units, 2.0**-width).floor_()
-        packed.append(pack(units.sub_(kept, alpha=2**width).to(torch.uint8), width))
+        sides.append(pack(units.sub_(kept, alpha=2**width).to(torch.uint8), width))
         units = kept
-    return packed
+    return _land(units, value, plan), sides
 
 
 def retreat(value: Tensor, following: Tensor, plan: LayerPlan, sides: Sequence[Tensor] = ()) -> Tensor:
-    """``s[i-1]`` from ``Phi_i(s[i])``, ``s[i+1]`` and the side bits: the inverse of :func:`advance`."""
-    previous = torch.sub(following, round_to_grid(value, plan.grid_bits))
-    if not plan.side_bits:
+    """``s[i-1]`` from ``Phi_i(s[i])``, ``s[i+1]`` and the side bits: the inverse of :func:`advance`, without a graph."""
+    if plan.grid_bits is None:
+        previous = torch.sub(following, value)
         return previous if plan.beta == 1 else previous.div_(plan.beta)
+    previous = _add_rounded(following, value, plan, -1)
     for width, packed in zip(reversed(widths(plan.side_bits)), reversed(sides), strict=True):
         previous.mul_(2.0**width).add_(unpack(packed, width, previous.shape), alpha=grid_of(plan))
     return previous
+
+
+# New memory costs more time than arithmetic on a CPU, so the two below write over what they computed last.
+
+
+def _add_rounded(state: Tensor, value: Tensor, plan: LayerPlan, sign: int) -> Tensor:
+    """``state`` plus or minus ``value`` rounded to the grid; the rounded value is exact in units of the grid."""
+    units = torch.mul(value, 1 / grid_of(plan)).round_().to(state.dtype)
+    return torch.add(state, units, alpha=sign * grid_of(plan), out=units)
+
+
+def _land(units: Tensor, value: Tensor, plan: LayerPlan) -> Tensor:
+    """``units`` of the grid, which are overwritten, plus ``value`` rounded to it."""
+    return units.add_(torch.mul(value, 1 / grid_of(plan)).round_()).mul_(grid_of(plan))
 
 
 def fuse(previous: Tensor, current: Tensor, beta: float) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .coupling import LayerPlan, advance, enter, fuse, phi, read, retreat, side_bits
+from .coupling import LayerPlan, advance, advance_undoably, enter, fuse, phi, read, retreat
 from .lanes import Lane, Session, inline_lane, side_lane
 from .replay import Moment
 from .retention import Retention
@@ -58,11 +58,14 @@ class Record:
         """The layer's forward; if ``undoable``, remembering the ambient state and the side bits of each step."""
         for step in self.steps:
             moment = Moment(current.device)
-            value = moment.record(partial(self._phi, step, read(current, self.dtype), self.inputs))
+            work = partial(self._phi, step, read(current, self.dtype), self.inputs)
             if undoable:
+                following, sides = advance_undoably(moment.record(work), previous, self.plan)
                 self.moments.append(moment)
-                self.sides.append(side_bits(previous, self.plan))
-            previous, current = current, advance(value, previous, self.plan)
+                self.sides.append(sides)
+            else:
+                following = advance(moment.run(work), previous, self.plan)
+            previous, current = current, following
         return previous, current
 
     def rebuild(self, index: int, current: Tensor, following: Tensor, wants_gradient: bool) -> "Rebuilt":

@@ -25,7 +25,8 @@ def pack(values: Tensor, width: int) -> Tensor:
 
 def _filled(values: Tensor, rows: int) -> Tensor:
     """As a matrix of ``rows`` rows, zeros at the end."""
-    return torch.nn.functional.pad(values, (0, -len(values) % rows)).view(rows, -1)
+    missing = -len(values) % rows
+    return (torch.nn.functional.pad(values, (0, missing)) if missing else values).view(rows, -1)
 
 
 def unpack(packed: Tensor, width: int, shape: torch.Size) -> Tensor:

@@ -33,11 +33,15 @@ class Moment:
             if torch.amp.is_autocast_available(kind)
         ]
 
+    def run(self, work: Callable[[], T]) -> T:
+        """Run ``work`` when it will not be replayed, with the same settings as if it were."""
+        with self._in_autocast():
+            return work()
+
     def record(self, work: Callable[[], T]) -> T:
         """Run ``work`` for the first time; remember the generators' states if it drew random numbers."""
         before = _rng_state(self.device)
-        with self._in_autocast():
-            result = work()
+        result = self.run(work)
         drew = any(_bytes(a) != _bytes(b) for a, b in zip(before, _rng_state(self.device), strict=True))
         self._rng = before if drew else None
         return result

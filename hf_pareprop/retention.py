@@ -76,6 +76,7 @@ class Retention:
         self._per_element = 0.0  # by which that shrinks for larger batches
         self._last = (0, 0.0)
 
+    @torch.compiler.disable  # its counting would be compiled anew at every step
     def layers_for(self, embeddings: Tensor, depth: int) -> int:
         """How many layers of ``depth`` to keep in the forward pass that begins with ``embeddings``.
 

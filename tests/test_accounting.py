@@ -65,6 +65,26 @@ def test_prediction_of_the_overlap(family, bf16):
     assert predicted.total - predicted.parameters - predicted.optimizer == pytest.approx(measured, rel=0.1)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_graphs_of_a_step_or_two(family, bf16, lane):
+    """Whatever the depth: with reprop less than what plain training saves for a layer of two steps, with pareprop no more.
+
+    A tenth is for the state that a step reads, which plain training counts to the step before it.
+    """
+    batch = resized(FAMILIES[family].batch(), 64)
+
+    def graphs(contender, depth):
+        return predict(subject_of(family, 0.1, depth), contender, batch, CPU, bf16).graphs
+
+    layer = graphs(STOCK, 4) - graphs(STOCK, 3)
+    reprop, pareprop = reversible_contenders([1], ("reprop", "pareprop"))
+    one, two = ([graphs(engine, depth) for depth in (3, 6)] for engine in (reprop, pareprop))
+    assert one[1] == pytest.approx(one[0], rel=0.01) and two[1] == pytest.approx(two[0], rel=0.01)
+    assert one[1] < layer and two[1] < 1.1 * layer
+    assert (two[1] > one[1]) == (lane == "thread")
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_accounting_says_what_bytes_are_for(family):
     subject, batch = subject_of(family, depth=12), resized(FAMILIES[family].batch(), 64)
@@ -111,6 +131,26 @@ def test_twins_train_the_same_tensors():
         assert any(not torch.equal(a, b) for a, b in zip(before, twins.stock.parameters(), strict=True))
         assert all(p.grad is None for p in after)
     assert {p.data_ptr() for p in twins.stock.parameters()} == pointers
+
+
+def test_contenders_do_not_change_each_other():
+    """Checkpointing adds hooks to a model, for which compiled code would be compiled anew at every turn."""
+    subject, batch = subject_of("roberta", depth=2), FAMILIES["roberta"].batch()
+    twins, checkpointing = Twins(subject, CPU), STOCK_CONTENDERS[1]
+    compilations = []
+    torch._dynamo.callback_handler.register_start_callback(compilations.append)
+    for contender in (COMPILED, STOCK, checkpointing):
+        twins.step(contender, batch, False)
+    torch._dynamo.callback_handler.clear()
+    assert compilations
+    hooks = [len(m._forward_hooks) for m in twins.stock.modules()]
+    compilations.clear()
+    torch._dynamo.callback_handler.register_start_callback(compilations.append)
+    for contender in (COMPILED, STOCK, checkpointing) * 2:
+        twins.step(contender, batch, False)
+    torch._dynamo.callback_handler.clear()
+    assert not compilations
+    assert hooks == [len(m._forward_hooks) for m in twins.stock.modules()]
 
 
 def test_bert_trains_beside_its_twin_though_its_positions_have_fewer_rows():

@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from hf_pareprop.coupling import LayerPlan, advance, enter, fuse, phi, plan_layers, retreat, round_to_grid, side_bits
+from hf_pareprop.coupling import (
+    LayerPlan,
+    advance,
+    advance_undoably,
+    enter,
+    fuse,
+    phi,
+    plan_layers,
+    retreat,
+    round_to_grid,
+)
 from hf_pareprop.packing import pack, unpack, widths
 
 
@@ -27,8 +37,10 @@ def there_and_back(plan: LayerPlan, scale: float, with_sides: bool = True) -> bo
     previous, current = enter(torch.randn(7, 143), plan), enter(torch.randn(7, 143), plan)
     first, sides = (previous, current), []
     for value in values:
-        sides.append(side_bits(previous, plan) if with_sides else [torch.zeros(1001, dtype=torch.uint8)])
-        previous, current = current, advance(value, previous, plan)
+        following, kept = advance_undoably(value, previous, plan)
+        assert torch.equal(following, advance(value, previous, plan))
+        sides.append(kept if with_sides else [torch.zeros(1001, dtype=torch.uint8)])
+        previous, current = current, following
     for value in reversed(values):
         previous, current = retreat(value, current, plan, sides.pop()), previous
     return torch.equal(previous, first[0]) and torch.equal(current, first[1])

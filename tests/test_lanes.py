@@ -3,6 +3,7 @@
 import multiprocessing
 import threading
 import time
+import weakref
 from contextlib import contextmanager
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from families import FAMILIES, assert_same, step
 
 from hf_pareprop import lanes
-from hf_pareprop.engine import PaReprop, Rebuilt
+from hf_pareprop.engine import PaReprop, Rebuilt, Record
 
 CPU = torch.device("cpu")
 
@@ -186,3 +187,22 @@ def test_cuda_memory_is_flat_in_depth(family):
     stock = slope(family.build_stock)
     for engine in ("reprop", "pareprop"):
         assert slope(lambda depth, e=engine: family.build(depth, beta=0.5, backward_engine=e)) <= 0.03 * stock
+
+
+def test_graphs_alive_at_a_time(family, lane, monkeypatch):
+    """One step's with `reprop`, two with `pareprop` where it overlaps: counted from a rebuild's start to its graph's end."""
+    alive, highest, rebuild = [0], [0], Record.rebuild
+
+    def counting(self, *args):
+        alive[0] += 1
+        highest[0] = max(highest[0], alive[0])
+        rebuilt = rebuild(self, *args)
+        weakref.finalize(rebuilt, lambda: alive.__setitem__(0, alive[0] - 1))
+        return rebuilt
+
+    monkeypatch.setattr(Record, "rebuild", counting)
+    model = family.build(5, 0.1, beta=0.5)
+    for engine, most in (("reprop", 1), ("pareprop", 2 if lane == "thread" else 1)):
+        highest[0] = 0
+        step(model, family.batch(), engine)
+        assert (highest[0], alive[0]) == (most, 0)

@@ -1,7 +1,5 @@
 """Layers that keep their graphs: the same gradients, fewer rebuilds, and as many as a budget allows."""
 
-import copy
-
 import pytest
 import torch
 from families import FAMILIES, assert_same, cast, step
@@ -117,9 +115,7 @@ def test_prediction_of_memory_is_within_ten_per_cent(family_name, bf16):
     (size,) = model.base_model.retention._sizes.values()
 
     def graphs(layers):
-        chosen = copy.deepcopy(subject.config)
-        chosen.retained_layers = layers
-        return predict(Subject(subject.model_class, chosen), way, batch, CPU, bf16).graphs
+        return predict(subject, way.retaining(layers), batch, CPU, bf16).graphs
 
     assert graphs(8) - graphs(5) == pytest.approx(3 * size, rel=0.1)
 

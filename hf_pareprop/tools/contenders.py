@@ -129,9 +129,10 @@ def forward_backward(model: Callable[..., Any], batch: Batch, contender: Contend
 
 
 class Twins:
-    """A stock model and its reversible twin with the same tensors for weights, trained by the same optimizer.
+    """Stock models and their reversible twin with the same tensors for weights, trained by the same optimizer.
 
-    So contenders can take turns, each with all the memory that it would have alone.
+    So contenders can take turns, each with all the memory that it would have alone. There is a stock model each for
+    those that change a model for good: checkpointing adds hooks to it, and compiled code depends on what hooks there are.
     """
 
     def __init__(self, subject: Subject, device: torch.device):
@@ -139,36 +140,29 @@ class Twins:
             copy.deepcopy(subject.config), attn_implementation="sdpa"
         )
         self.reversible.to(device).train()
-        architecture, stock_class, _ = stock_twin(subject.model_class, subject.config)
-        self.stock: Any = to_stock(self.reversible)
         self.device = device
-        head = stock_class.__name__.removeprefix(architecture.prefix)
-        given = dict(self.reversible.named_parameters(remove_duplicate=False))
-        self._pairs: list[tuple[torch.nn.Parameter, torch.nn.Parameter]] = []
-        for name, parameter in self.stock.named_parameters():
-            twin = given[architecture.reversible_name(name, head, given)]
-            parameter.data = twin.data[len(twin) - len(parameter) :]  # rows before those of BERT's position table
-            self._pairs.append((parameter, twin))
+        self._architecture, self._stock_class, _ = stock_twin(subject.model_class, subject.config)
+        self._models: dict[tuple[bool, bool], Any] = {}
+        self._pairs: dict[Any, list[tuple[torch.nn.Parameter, torch.nn.Parameter]]] = {}
+        self.stock = self._stock_model(STOCK)
+        own = dict(self.stock.named_parameters())
+        self._pairs[self.reversible] = [(own[name], twin) for name, twin in self._twins(self.stock).items()]
         self._optimizer = make_optimizer(self.stock)
         self._compiled: Any = None
 
     def step(self, contender: Contender, batch: Batch, bf16: bool) -> None:
         """One training step: forward, backward, optimizer, gradients freed."""
-        model = self.stock if contender.engine is None else self.reversible
+        model = self._stock_model(contender) if contender.engine is None else self.reversible
         contender.prepare(model)
-        if contender.compiled:
-            if self._compiled is None:
-                self._compiled = torch.compile(self.stock, dynamic=False)
-            model = self._compiled
         try:
-            forward_backward(model, batch, contender, self.device, bf16)
-            for parameter, twin in self._pairs:
-                if contender.engine is not None and twin.grad is not None:
-                    parameter.grad = twin.grad[len(twin) - len(parameter) :]
+            forward_backward(self._callable(contender, model, batch, bf16), batch, contender, self.device, bf16)
+            for own, used in self._pairs[model]:
+                if used.grad is not None:
+                    own.grad = used.grad[len(used) - len(own) :]
             self._optimizer.step()
         finally:
-            for parameter, twin in self._pairs:
-                parameter.grad = twin.grad = None
+            for own, used in self._pairs[model]:
+                own.grad = used.grad = None
 
     def static_bytes(self) -> int:
         """What lies in memory between two steps: weights, buffers, and the optimizer's state once it has run."""
@@ -176,3 +170,35 @@ class Twins:
         for state in self._optimizer.state.values():
             tensors += [value for value in state.values() if isinstance(value, Tensor)]
         return sum(tensor.nbytes for tensor in tensors)
+
+    def _stock_model(self, contender: Contender) -> Any:
+        key = contender.checkpointing, contender.compiled
+        if key not in self._models:
+            model: Any = to_stock(self.reversible)
+            used = dict(model.named_parameters())
+            for name, twin in self._twins(model).items():
+                used[name].data = twin.data[
+                    len(twin) - len(used[name]) :
+                ]  # rows before those of BERT's position table
+            self._models[key] = model
+            own = dict(self._models[False, False].named_parameters())
+            self._pairs[model] = [(own[name], parameter) for name, parameter in used.items()]
+        return self._models[key]
+
+    def _twins(self, stock: Any) -> dict[str, torch.nn.Parameter]:
+        """The reversible model's parameters by the names of a stock model."""
+        given = dict(self.reversible.named_parameters(remove_duplicate=False))
+        head = self._stock_class.__name__.removeprefix(self._architecture.prefix)
+        names = (name for name, _ in stock.named_parameters())
+        return {name: given[self._architecture.reversible_name(name, head, given)] for name in names}
+
+    def _callable(self, contender: Contender, model: Any, batch: Batch, bf16: bool) -> Any:
+        if not contender.compiled:
+            return model
+        if self._compiled is None:
+            self._compiled = torch.compile(model, dynamic=False)
+            # Before anything is timed: the first pass sets a field of the configuration, so the second one compiles again.
+            for _ in range(2):
+                forward_backward(self._compiled, batch, contender, self.device, bf16)
+            model.zero_grad(set_to_none=True)
+        return self._compiled
