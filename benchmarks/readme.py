@@ -51,10 +51,13 @@ def throughput(file: Path) -> Iterator[str]:
     if known:
         yield (
             f"Wherever the peak was measured, the [accounting](#what-fits) that predicts it was within "
-            f"{100 * max(abs(1 - value) for value in known):.1f} % of it. "
+            f"{100 * max(abs(1 - value) for value in known):.1f} % of it."
         )
+        yield ""
     if limits:
-        yield from _limits(limits, predicted=not about["device_name"].startswith("NVIDIA"))
+        yield from _limits(limits, predicted=next(iter(limits.values()))["device"] == "cpu")
+    yield f"![memory against depth](benchmarks/results/{file.stem}-memory.png)"
+    yield ""
 
 
 def _limits(limits: dict[Column, Part], predicted: bool) -> Iterator[str]:
@@ -142,7 +145,8 @@ def main() -> int:
     args = parser.parse_args()
     path = ROOT / "README.md"
     text = path.read_text()
-    new = re.sub(f"(?<={re.escape(BEGIN)}\n).*?(?=\n{re.escape(END)})", lambda _: section(), text, flags=re.DOTALL)
+    between = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
+    new = between.sub(lambda _: f"{BEGIN}\n{section()}\n{END}", text)
     if args.check and new != text:
         print("README.md does not show the results: run python benchmarks/readme.py", file=sys.stderr)
         return 1

@@ -27,6 +27,7 @@ def test_plain_training_where_it_is_fastest():
     rows = [row(PLAIN, 8, 10, 800), row(CHECKPOINTED, 8, 7.5, 300), row(PAREPROP, 8, 8, 200)]
     said = recommend(rows, 8, CAP)
     assert said.startswith("Stay with plain training.")
+    assert "runs like reprop" not in said and "runs like reprop" in recommend(rows, 8, CAP, overlaps=False)
     assert f"({PAREPROP}) would take 200 MB instead of 800 MB and 1.25 times as long" in said
 
 

@@ -396,6 +396,7 @@ def test_bench_refuses(run, src, tmp_path):
         assert "not an amount of memory, such as 16GB" in run(*bench("--model", src, "--memory-cap", cap), status=1)
     assert "beta=0.3" in run(*bench("--model", src, "--beta", 0.3), status=1)
     assert "not a device of PyTorch" in run(*bench("--model", src, "--device", "abacus"), status=1)
+    assert "measured on a CPU and on CUDA" in run(*bench("--model", src, "--device", "meta"), status=1)
     if not torch.cuda.is_available():
         assert "finds no CUDA device here" in run(*bench("--model", src, "--device", "cuda"), status=1)
     (tmp_path / "out").mkdir()

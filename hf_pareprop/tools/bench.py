@@ -102,13 +102,14 @@ def where_bytes_go(rows: Sequence[Row]) -> list[str]:
     return aligned(lines, left={0})
 
 
-def recommend(rows: Sequence[Row], size: int, cap: int) -> str:
+def recommend(rows: Sequence[Row], size: int, cap: int, overlaps: bool = True) -> str:
     """What to choose, in plain words.
 
     Args:
         rows: one per contender, at ``size`` or at the largest batch that fits, if that is less.
         size: the batch size that was asked for.
         cap: bytes that training may take.
+        overlaps: whether pareprop has a lane of its own on this device.
     """
     sound = [row for row in rows if row.ms and (row.needed_bytes or 0) <= cap]
     within = f"within {size_in_words(cap)}"
@@ -137,9 +138,11 @@ def recommend(rows: Sequence[Row], size: int, cap: int) -> str:
     elif best is not None and fastest not in rebuilding and fastest.ms and best.needed_bytes and fastest.needed_bytes:
         text.append(
             f"Reversible training ({best.contender}) would take {size_in_words(best.needed_bytes)} instead of "
-            f"{size_in_words(fastest.needed_bytes)} and {_speed(fastest) / _speed(best):.2f} times as long: "
-            "it pays when you need a larger batch, longer inputs or a deeper model than fits."
+            f"{size_in_words(fastest.needed_bytes)} and {_speed(fastest) / _speed(best):.2f} times as long, as it "
+            "computes every layer once more to rebuild its input: it pays when you need a larger batch, longer inputs or a deeper model than fits."
         )
+    if rebuilding and not overlaps:
+        text.append("pareprop runs like reprop here: PyTorch's threads leave no core idle for the rebuilding.")
     return " ".join(text)
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..hub import ReversiblePreTrainedModel
+from ..lanes import side_lane
 from .architectures import architecture_of
 from .bench import (
     batch_for,
@@ -225,6 +226,8 @@ def bench(
 ) -> None:
     """Compare what you could train this model with on this machine, and recommend one: a few minutes."""
     where = _device(device)
+    if where.type not in ("cpu", "cuda"):
+        raise CheckpointError(f"--device {device}: memory is measured on a CPU and on CUDA; use one of them.")
     cap = memory_of(where) if memory_cap is None else _bytes(memory_cap)
     if out is not None:
         _check_target(Path(model_name), out, overwrite)
@@ -245,7 +248,7 @@ def bench(
         sizes_within(comparison, ways, batch_size), rounds, lambda line: typer.echo(line, err=True)
     )
     limits = {way.name: comparison.largest_batch(way, cap) for way in ways}
-    said = recommend(rows, batch_size, cap)
+    said = recommend(rows, batch_size, cap, side_lane(where).overlaps)
     for part in (table(rows, limits), where_bytes_go(rows), [said]):
         typer.echo("\n" + "\n".join(part))
     if out is None:
@@ -309,9 +312,12 @@ def _device(name: str) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise CheckpointError(f"--device {name}: PyTorch finds no CUDA device here; use --device cpu.")
     try:
-        return torch.device(name)
+        found = torch.device(name)
     except RuntimeError as error:
         raise CheckpointError(f"--device {name}: not a device of PyTorch; use cpu or cuda.") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise CheckpointError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0.")
+    return found
 
 
 def _say(what: str, text: str) -> None:
