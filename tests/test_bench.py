@@ -1,11 +1,14 @@
 """What `hf-pareprop bench` recommends, case by case."""
 
+import time
+
 import pytest
+import torch
 
 from hf_pareprop.tools.bench import contenders, plot, recommend, table
 from hf_pareprop.tools.compare import Row
 from hf_pareprop.tools.records import MB
-from hf_pareprop.tools.timing import OUT_OF_MEMORY
+from hf_pareprop.tools.timing import OUT_OF_MEMORY, time_interleaved
 
 CAP = 1000 * MB
 PLAIN, CHECKPOINTED, REPROP, PAREPROP = (
@@ -66,7 +69,8 @@ def test_accumulation_where_a_smaller_batch_is_faster():
     rows = [row(PLAIN, 3, 10, 900), row(CHECKPOINTED, 8, 7, 700), row(PAREPROP, 8, 8, 260)]
     said = recommend(rows, 8, CAP)
     assert said.startswith("Stay with plain training.")
-    assert "Accumulate gradients over 3 steps for batch 8" in said
+    assert "Accumulate gradients over 3 steps for batch 8" in said and "fits up to" not in said
+    assert "Plain training fits up to batch 2" in recommend([row(PLAIN, 2, 5, 900), rows[2]], 8, CAP)
     assert f"take {PAREPROP} at batch 8, 8.00 samples/s, 260 MB" in said
     alone = recommend([row(PLAIN, 3, 10, 900), row(PAREPROP, 5, 9, 900)], 8, CAP)
     assert "nothing fits" in alone
@@ -97,3 +101,17 @@ def test_table_and_plot_hold_what_did_not_fit():
     assert OUT_OF_MEMORY in lines[1] and lines[1].split()[-1] == "3"
     assert "260 MB" in lines[2] and "8.00" in lines[2]
     assert len(plot(rows, "title", CAP).axes) == 2
+
+
+def test_rounds_end_when_time_is_up():
+    """After a round, and never before the first sample of each."""
+    counts = dict(a=0, b=0)
+
+    def report(method, ms):
+        counts[method] += 1
+
+    steps = {name: lambda: lambda: time.sleep(0.02) for name in counts}
+    time_interleaved(steps, 9, 1, torch.device("cpu"), report, seconds=0.1)
+    assert counts["a"] == counts["b"] < 4
+    time_interleaved(steps, 9, 1, torch.device("cpu"), report, seconds=0)
+    assert counts["a"] == counts["b"] < 5

@@ -124,7 +124,7 @@ def recommend(rows: Sequence[Row], size: int, cap: int, overlaps: bool = True) -
     best = max((row for row in rebuilding if row.batch_size == size), key=_speed, default=None)
     if plain is None:
         text.append(f"Plain training does not fit {within}, not even at batch 1.")
-    elif plain.batch_size < size:
+    elif plain.batch_size < size and plain is not fastest:
         text.append(f"Plain training fits up to batch {plain.batch_size}: {_said(plain)}.")
     if fastest.batch_size < size:
         text.append(

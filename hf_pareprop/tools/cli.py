@@ -38,6 +38,9 @@ from .verify import verify as verify_step
 
 DEFAULT_BETA = 0.0625
 
+TIMING_SECONDS = 120.0
+"""After which `bench` begins no further round."""
+
 app = typer.Typer(
     help="Reversible Transformers: stock checkpoints in and out, checked on your own machine.",
     no_args_is_help=True,
@@ -218,7 +221,7 @@ def bench(
     compiled: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Also torch.compile: a minute more.")
     ] = True,
-    rounds: Annotated[int, typer.Option(min=1, help="Samples of each time.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Samples of each time; fewer if that takes minutes.")] = 5,
     out: Annotated[
         Path | None, typer.Option(help="A directory to make, for bench.json and bench.png; default: none.")
     ] = None,
@@ -244,9 +247,8 @@ def bench(
     _say("model", title)
     _say("inputs", f"{'random' if data is None else data}; memory: {size_in_words(cap)}")
     ways = with_retention(comparison, contenders(beta, compiled), batch_size)
-    rows = comparison.measure(
-        sizes_within(comparison, ways, batch_size), rounds, lambda line: typer.echo(line, err=True)
-    )
+    sizes = sizes_within(comparison, ways, batch_size)
+    rows = comparison.measure(sizes, rounds, lambda line: typer.echo(line, err=True), seconds=TIMING_SECONDS)
     limits = {way.name: comparison.largest_batch(way, cap) for way in ways}
     said = recommend(rows, batch_size, cap, side_lane(where).overlaps)
     for part in (table(rows, limits), where_bytes_go(rows), [said]):

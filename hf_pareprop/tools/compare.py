@@ -91,9 +91,16 @@ class Comparison:
         return self._predictions[contender, size]
 
     def measure(
-        self, sizes: Mapping[Contender, int], rounds: int, say: Callable[[str], None], warm_ups: int = 1
+        self,
+        sizes: Mapping[Contender, int],
+        rounds: int,
+        say: Callable[[str], None],
+        warm_ups: int = 1,
+        seconds: float = float("inf"),
     ) -> list[Row]:
         """Each contender at its batch size: times in rounds over all of them, then peaks one by one.
+
+        After so many ``seconds`` no further round of timing begins.
 
         What runs out of memory, or would on a CPU, is a row with that error.
         """
@@ -118,7 +125,7 @@ class Comparison:
                 say(f"{method}, batch {row.batch_size}: {error}")
 
         with capped(self._device, self.cap):
-            time_interleaved(steps, rounds, warm_ups, self._device, report)
+            time_interleaved(steps, rounds, warm_ups, self._device, report, seconds)
             for contender, row in rows.items():
                 if row.error is None:
                     self._measure_peak(contender, row)

@@ -35,6 +35,7 @@ def time_interleaved(
     warm_ups: int,
     device: torch.device,
     report: Callable[..., None],
+    seconds: float = float("inf"),
 ) -> None:
     """Time several methods in rounds, one step of each per round, and report every sample as ``method`` and ``ms``.
 
@@ -46,10 +47,14 @@ def time_interleaved(
         rounds: how many samples of each method.
         warm_ups: how many rounds come before, and are not reported.
         report: called with keyword arguments, once per sample.
+        seconds: no round begins later than so long after the first one, but for the first.
     """
     methods = list(prepare)
     lost: set[str] = set()
+    began = time.perf_counter()
     for round_ in range(-warm_ups, rounds):
+        if round_ > 0 and time.perf_counter() - began > seconds:
+            break
         first = round_ % len(methods)
         for method in methods[first:] + methods[:first]:
             if method in lost:
