@@ -56,7 +56,8 @@ class Retention:
 
     With a budget, what a layer keeps is measured once for each shape, in a forward pass that keeps one or more, and as
     many are kept as fit. Free memory is what the first two steps leave at their peak, with one layer kept (on CUDA; on a
-    CPU, what is free when the third step begins). For larger batches than theirs it shrinks in proportion.
+    CPU, what is free when the third step begins). For larger batches than theirs it shrinks in proportion, and by what
+    is allocated later, such as the optimizer's state after several forward passes of gradient accumulation.
 
     Args:
         layers: how many, where there is no ``budget``.
@@ -74,6 +75,7 @@ class Retention:
         self._largest = 0
         self._allowance: float | None = None  # bytes that kept graphs may take
         self._per_element = 0.0  # by which that shrinks for larger batches
+        self._in_use = float("inf")  # bytes, when the allowance was found
         self._last = (0, 0.0)
 
     @torch.compiler.disable  # its counting would be compiled anew at every step
@@ -95,8 +97,9 @@ class Retention:
         elif not size:
             kept = int(self._allowance > 0)
         else:
-            beyond = max(0, embeddings.numel() - self._largest)
-            kept = max(0, int((self._allowance - beyond * self._per_element) // size))
+            beyond = max(0, embeddings.numel() - self._largest) * self._per_element
+            grown = max(0.0, in_use(embeddings.device) - self._in_use)
+            kept = max(0, int((self._allowance - beyond - grown) // size))
         kept = min(kept, depth)
         self._last = kept, size
         return kept
@@ -115,6 +118,7 @@ class Retention:
         free, transient = free_memory(device)
         self._allowance = share * free + max(self._sizes.values(), default=0)
         self._per_element = transient / self._largest
+        self._in_use = in_use(device)
 
     def run(self, work: Callable[[], T], parameters: tuple[Tensor, ...]) -> T:
         """Run the forward pass of a kept layer; measure what it keeps if the batch has a new shape."""
@@ -136,7 +140,7 @@ class Retention:
         kept, size = self._last
         if self._budget is None or not kept:
             return False
-        self._allowance, self._last = kept // 2 * size, (0, 0.0)
+        self._allowance, self._in_use, self._last = kept // 2 * size, float("inf"), (0, 0.0)
         return True
 
 
@@ -156,6 +160,11 @@ def counting_saved(parameters: tuple[Tensor, ...]) -> Iterator[dict[int, int]]:
         yield found
 
 
+def in_use(device: torch.device) -> int:
+    """Bytes of tensors, as far as that is counted."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
 def free_memory(device: torch.device) -> tuple[int, int]:
     """Bytes that were free at the highest peak so far, and bytes of that peak that are not in use now.
 
@@ -167,7 +176,7 @@ def free_memory(device: torch.device) -> tuple[int, int]:
         share = torch.cuda.get_per_process_memory_fraction(device)
         limit = min(total, int(share * torch.cuda.get_device_properties(device).total_memory))
         peak = torch.cuda.max_memory_allocated(device)
-        return max(0, limit - peak), peak - torch.cuda.memory_allocated(device)
+        return max(0, limit - peak), peak - in_use(device)
     if device.type != "cpu":
         raise ValueError(f"how much memory of {device} is free is not known: give memory_budget as a number of bytes.")
     if MEMINFO.exists():

@@ -166,6 +166,22 @@ def test_free_memory(family, rebuilt, monkeypatch):
     assert [layers_kept(model, resized(batch, 8), rebuilt) for _ in range(3)] == [1, 1, 4]
 
 
+def test_what_is_allocated_later_counts(family, rebuilt, monkeypatch):
+    """With gradient accumulation the optimizer's state comes after the third forward pass."""
+    model, batch = family.build(DEPTH, beta=0.5), family.batch()
+    model.set_retention(memory_budget=10**12)
+    model(**batch)
+    (size,) = model.base_model.retention._sizes.values()
+    used = [5 * size]
+    monkeypatch.setattr(retention, "free_memory", lambda device: (3 * size, 0))
+    monkeypatch.setattr(retention, "in_use", lambda device: used[0])
+    model.set_retention(memory_budget=1.0)
+    assert [layers_kept(model, batch, rebuilt) for _ in range(3)] == [1, 1, 4]
+    for now, expected in ((7, 2), (9, 0), (4, 4)):
+        used[0] = now * size
+        assert layers_kept(model, batch, rebuilt) == expected
+
+
 def test_out_of_memory_is_survived(family, rebuilt, monkeypatch):
     """In the forward pass of the third layer, once: half as many layers keep their graphs from then on."""
     model, batch = family.build(DEPTH, 0.1, beta=0.5), family.batch()
