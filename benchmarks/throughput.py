@@ -35,7 +35,6 @@ Job = dict[str, Any]
 STEP = 4
 """From one batch size to the next."""
 
-DEPTHS = (6, 12, 24, 48)
 DEPTH_BATCH = 64
 """Large enough for activations to matter beside the weights, as where memory is short."""
 
@@ -101,7 +100,8 @@ def predict_depths(job: Job, device: torch.device) -> dict[str, Any]:
     for contender in contenders_of(job):
         if not contender.compiled:
             found[contender.name] = {
-                depth: predict(subject(job["size"], depth), contender, batch, device, bf16).parts() for depth in DEPTHS
+                depth: predict(subject(job["size"], depth), contender, batch, device, bf16).parts()
+                for depth in job["layers"]
             }
     return {"depths": found}
 
@@ -130,11 +130,12 @@ def jobs_of(args: argparse.Namespace) -> Iterator[Job]:
                 "precision": args.precisions[0],
                 **common,
                 "batch_size": DEPTH_BATCH,
+                "layers": args.depths,
             }
 
 
 def key(part: Job) -> str:
-    fields = ("kind", "size", "precision", "batch_size", "device", "threads", "betas", "length", "caps")
+    fields = ("kind", "size", "precision", "batch_size", "device", "threads", "betas", "length", "caps", "layers")
     return json.dumps([part.get(field) for field in fields])
 
 
@@ -172,6 +173,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
     parser.add_argument("--betas", nargs="+", type=float, default=[1.0, 0.5], help="default: 1 0.5")
     parser.add_argument("--caps", nargs="*", type=positive, default=[16, 24, 80], help="GB; default: 16 24 80")
+    parser.add_argument(
+        "--depths", nargs="*", type=positive, default=[6, 12, 24, 48], help="for memory; default: 6 12 24 48"
+    )
     parser.add_argument(
         "--max-batch", type=positive, help="where the ladder of batch sizes ends; default: 16 on a CPU"
     )

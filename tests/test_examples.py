@@ -88,7 +88,7 @@ def test_states_benchmark(tmp_path):
 def test_throughput_benchmark(tmp_path):
     """All parts of the smallest size, and a second run, which has nothing left to do."""
     command = ["benchmarks/throughput.py", "--device", "cpu", "--sizes", "vit-s", "--precisions", "bf16"]
-    command += ["--max-batch", 1, "--rounds", 1, "--betas", 1, "--caps", 16, "--out", tmp_path]
+    command += ["--max-batch", 1, "--rounds", 1, "--betas", 1, "--caps", 16, "--depths", 1, 2, "--out", tmp_path]
     first = run(*command).stdout
     (path,) = tmp_path.glob("throughput-*.json")
     parts = json.loads(path.read_text())["parts"]
