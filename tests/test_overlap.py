@@ -1,10 +1,13 @@
 """Whether rebuilding runs beside the gradient computation, read off traces."""
 
+import time
+
 import pytest
 import torch
 from families import FAMILIES
 from tracing import GRADIENTS, REBUILD, Span, busy, hidden_share, host_synchronisations, length, spans_of, traced
 
+from hf_pareprop.engine import Rebuilt, Record
 from hf_pareprop.tools.compare import resized
 
 
@@ -96,8 +99,18 @@ def forward_of(family, engine, device):
     return lambda: model(**batch).loss
 
 
+def slowed(function):
+    def inner(*args):
+        time.sleep(0.03)  # far longer than a thread takes to start, also where the cores are busy
+        return function(*args)
+
+    return inner
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_worker_thread_hides_rebuilding(family, lane):
+def test_worker_thread_hides_rebuilding(family, lane, monkeypatch):
+    monkeypatch.setattr(Record, "rebuild", slowed(Record.rebuild))
+    monkeypatch.setattr(Rebuilt, "gradients", slowed(Rebuilt.gradients))
     device = torch.device("cpu")
     spans = {e: spans_of(traced(forward_of(family, e, device)().backward, device)) for e in ("reprop", "pareprop")}
     for own in spans.values():
