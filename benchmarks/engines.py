@@ -8,7 +8,6 @@ rounds over all methods, so that what slows the machine down slows them all.
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -22,7 +21,7 @@ from options import parse
 from report import MB, Result, Results, as_dicts, plot, table
 
 from hf_pareprop.lanes import side_lane
-from hf_pareprop.tools.records import cores, cpu_model, save, software
+from hf_pareprop.tools.records import cores, cpu_model, save, slug, software
 from hf_pareprop.tools.timing import OUT_OF_MEMORY, Step, error_of, time_interleaved
 
 FLAT = 0.03
@@ -232,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"engines.py: error: {error}", file=sys.stderr)
         return 1
     title = heading(args, environment)
-    name = args.name or "engines-" + re.sub(r"[^a-z0-9]+", "-", environment["device_name"].lower()).strip("-")
+    name = args.name or "engines-" + slug(environment["device_name"])
     print(title, flush=True)
     try:
         run.measure()

@@ -25,7 +25,7 @@ def parse(arguments: Sequence[str] | None, description: str) -> argparse.Namespa
         for name, value in (CUDA_SIZES if args.device == "cuda" else CPU_SIZES).items():
             if getattr(args, name) is None:
                 setattr(args, name, value)
-        for check in (check_families, check_depths, check_sizes, check_beta, check_output):
+        for check in (check_memory, check_families, check_depths, check_sizes, check_beta, check_output):
             check(args)
     except ValueError as error:
         parser.error(str(error))
@@ -40,6 +40,9 @@ def choose_device(args: argparse.Namespace) -> None:
         )
     if args.device == "auto":
         args.device = "cuda" if cuda else "cpu"
+
+
+def check_memory(args: argparse.Namespace) -> None:
     if args.device == "cpu" and not STATUS.exists():
         raise ValueError(f"--device cpu: peak memory is read from {STATUS}, which only Linux has; use --device cuda.")
 

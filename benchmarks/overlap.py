@@ -8,7 +8,6 @@ checkpointing, untraced.
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -17,14 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from options import choose_device, file_name, positive
-from sizes import SIZES, subject
+from sizes import SIZES, sample, subject
 from tracing import GRADIENTS, REBUILD, Span, busy, hidden_share, host_synchronisations, length, spans_of, traced
 
 from hf_pareprop.lanes import side_lane
 from hf_pareprop.tools.compare import Comparison, Row
 from hf_pareprop.tools.contenders import CHECKPOINTING, STOCK, Contender, reversible_contenders
-from hf_pareprop.tools.inputs import random_batch, with_targets
-from hf_pareprop.tools.records import aligned, cores, device_name, ratio, save, software
+from hf_pareprop.tools.records import aligned, cores, device_name, ratio, save, slug, software
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -129,9 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device(args.device)
     torch.set_num_threads(args.threads or max(1, cores() // 2))
     torch.manual_seed(0)
-    model = subject(args.size, args.depth)
-    batch = with_targets(random_batch(template := model.build(STOCK), batch_size=1, length=args.length), template)
-    comparison = Comparison(model, batch, device, args.autocast == "bf16")
+    batch = sample(args.size, args.length)
+    comparison = Comparison(subject(args.size, args.depth), batch, device, args.autocast == "bf16")
     rebuilding = reversible_contenders([args.beta], ("reprop", "pareprop"))
     sizes = dict.fromkeys((STOCK, CHECKPOINTING, *rebuilding), args.batch_size)
     rows = comparison.measure(sizes, args.rounds, partial(print, file=sys.stderr), warm_ups=3)
@@ -143,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{title}\n\n{table(rows, traces)}")
     if not side_lane(device).overlaps:
         print("pareprop runs like reprop here: a CPU's worker lane takes twice as many cores as PyTorch has threads.")
-    name = args.name or "overlap-" + re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    name = args.name or "overlap-" + slug(device_name(device))
     data = {"benchmark": "overlap", "title": title, "arguments": {k: str(v) for k, v in vars(args).items()}}
     data |= {"device_name": device_name(device), "cores": cores(), **software()}
     data |= {"rows": [row.as_dict() for row in rows], "traces": traces}

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from hf_pareprop.tools.records import MB, aligned, ratio
+from hf_pareprop.tools.records import MB, aligned, number, ratio
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -94,10 +94,10 @@ def table(results: Results, references: Sequence[str]) -> str:
                 str(result.depth),
                 result.method,
                 _time(result),
-                *(_number(ratio(result.median_ms, t.median_ms if t else None), ".2f") for t in times),
-                _number(ratio(result.peak_bytes, MB), ".1f"),
-                _number(ratio(per_layer, MB), ".2f"),
-                _number(share, ".1f"),
+                *(number(ratio(result.median_ms, t.median_ms if t else None), ".2f") for t in times),
+                number(ratio(result.peak_bytes, MB), ".1f"),
+                number(ratio(per_layer, MB), ".2f"),
+                number(share, ".1f"),
             ]
         )
     errors = [f"{r.family}, depth {r.depth}, {r.method}: {error}" for r in results for error in r.errors]
@@ -119,10 +119,6 @@ def _time(result: Result) -> str:
     if not result.ms:
         return "-"
     return f"{result.median_ms:.1f} [{min(result.ms):.1f}-{max(result.ms):.1f}]"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
 
 
 def as_dicts(results: Iterable[Result]) -> list[dict[str, Any]]:

@@ -4,7 +4,8 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedConfig, RobertaConfig, ViTConfig
 
-from hf_pareprop.tools.contenders import Subject
+from hf_pareprop.tools.contenders import STOCK, Subject
+from hf_pareprop.tools.inputs import random_batch, with_targets
 
 
 class Shape(NamedTuple):
@@ -47,6 +48,12 @@ SIZES = {
     for base, plain in family.shapes.items()
     for name, shape in ((base, plain), (base + DEEP, plain._replace(depth=2 * plain.depth)))
 }
+
+
+def sample(size: str, length: int) -> dict[str, Any]:
+    """One random input of the model called ``size``, with a label; a text has ``length`` tokens."""
+    model = subject(size, depth=1).build(STOCK)
+    return with_targets(random_batch(model, batch_size=1, length=length), model)
 
 
 def subject(size: str, depth: int | None = None) -> Subject:

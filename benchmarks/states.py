@@ -10,7 +10,6 @@ per step. ``fp64`` lets states grow by m bits with every update, and stores a pa
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from hf_pareprop.coupling import LayerPlan, advance_undoably, plan_layers, retreat, round_to_grid
 from hf_pareprop.tools.records import cpu_model, save, software
+from hf_pareprop.tools.timing import milliseconds
 
 GRID_BITS = 12
 SIZES = {"8 x 128 x 384": (8, 128, 384), "32 x 512 x 768": (32, 512, 768)}
@@ -37,16 +37,6 @@ def packed(value: Tensor, previous: Tensor, plan: LayerPlan) -> Tensor:
     """The same as the package does it."""
     following, sides = advance_undoably(value, previous, plan)
     return retreat(value, following, plan, sides)
-
-
-def milliseconds(work: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    began = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return 1e3 * (time.perf_counter() - began)
 
 
 def measure(size: tuple[int, int, int], m: int, device: torch.device, repeats: int) -> dict[str, float]:

@@ -8,7 +8,6 @@ that the JSON file already holds are not run again; what was interrupted goes on
 
 import argparse
 import json
-import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -18,16 +17,15 @@ from typing import Any
 
 import torch
 from measure import be_killed_first, emit, run_child
-from options import positive
-from sizes import SIZES, subject
+from options import choose_device, positive
+from sizes import SIZES, sample, subject
 from throughput_report import plot_memory, plot_throughput, table
 
 from hf_pareprop.coupling import plan_layers
 from hf_pareprop.tools.accounting import predict
 from hf_pareprop.tools.compare import Comparison, resized
-from hf_pareprop.tools.contenders import STOCK, STOCK_CONTENDERS, Contender, reversible_contenders
-from hf_pareprop.tools.inputs import random_batch, with_targets
-from hf_pareprop.tools.records import cores, cpu_model, device_name, save, software
+from hf_pareprop.tools.contenders import STOCK_CONTENDERS, Contender, reversible_contenders
+from hf_pareprop.tools.records import cores, cpu_model, device_name, save, slug, software
 from hf_pareprop.tools.timing import OUT_OF_MEMORY
 
 Job = dict[str, Any]
@@ -65,14 +63,8 @@ def contenders_of(job: Job) -> tuple[Contender, ...]:
     return (*STOCK_CONTENDERS, *reversible_contenders(job["betas"]))
 
 
-def batch_of(job: Job) -> dict[str, Any]:
-    """One random sample with a label; larger batches repeat it."""
-    model = subject(job["size"], depth=1).build(STOCK)
-    return with_targets(random_batch(model, batch_size=1, length=job["length"]), model)
-
-
 def comparison_of(job: Job, device: torch.device) -> Comparison:
-    return Comparison(subject(job["size"]), batch_of(job), device, job["precision"] == "bf16")
+    return Comparison(subject(job["size"]), sample(job["size"], job["length"]), device, job["precision"] == "bf16")
 
 
 def measure_speed(job: Job, device: torch.device) -> dict[str, Any]:
@@ -94,7 +86,7 @@ def find_limits(job: Job, device: torch.device) -> dict[str, Any]:
 
 def predict_depths(job: Job, device: torch.device) -> dict[str, Any]:
     """The accounting of every contender over the number of layers."""
-    batch = resized({n: t.to("meta") for n, t in batch_of(job).items()}, job["batch_size"])
+    batch = resized({n: t.to("meta") for n, t in sample(job["size"], job["length"]).items()}, job["batch_size"])
     bf16 = job["precision"] == "bf16"
     found: dict[str, dict[int, dict[str, int]]] = {}
     for contender in contenders_of(job):
@@ -185,10 +177,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     results = Path(__file__).parent / "results"
     parser.add_argument("--out", type=Path, default=results, help="directory of the results; default: %(default)s")
     args = parser.parse_args(arguments)
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch finds no CUDA device here; use --device cpu.")
+    try:
+        choose_device(args)
+    except ValueError as error:
+        parser.error(str(error))
     for name, value in DEFAULTS[args.device].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -208,7 +200,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def name_of(device: torch.device) -> str:
     """Of the result files: results of different machines are not mixed."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model()
-    return "throughput-" + re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return "throughput-" + slug(name)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

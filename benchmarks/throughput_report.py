@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hf_pareprop.tools.contenders import CHECKPOINTING, COMPILED, OFFLOADING, STOCK
-from hf_pareprop.tools.records import MB, aligned, ratio
+from hf_pareprop.tools.records import MB, aligned, number, ratio
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,9 +66,9 @@ def speed_lines(parts: Sequence[Part]) -> list[str]:
                     str(part["batch_size"]),
                     row["contender"],
                     row["error"] or _with_spread(row),
-                    *(_number(ratio(speed, speed_of(row_of(part, name))), ".2f") for name in peers),
-                    *(_number(ratio(row.get(name), MB), ".0f") for name in ("peak_bytes", "reserved_bytes")),
-                    _number(ratio(predicted_of(row), MB), ".0f"),
+                    *(number(ratio(speed, speed_of(row_of(part, name))), ".2f") for name in peers),
+                    *(number(ratio(row.get(name), MB), ".0f") for name in ("peak_bytes", "reserved_bytes")),
+                    number(ratio(predicted_of(row), MB), ".0f"),
                 ]
             )
     return aligned(lines, left={0, 1, 3})
@@ -82,7 +82,7 @@ def limit_lines(parts: Sequence[Part]) -> list[str]:
         for name, found in part["limits"].items():
             sizes = [found.get(str(cap)) for cap in caps]
             if any(size is not None for size in sizes):
-                lines.append([part["size"], part["precision"], name, *(_number(size, "d") for size in sizes)])
+                lines.append([part["size"], part["precision"], name, *(number(size, "d") for size in sizes)])
     return aligned(lines, left={0, 1, 2})
 
 
@@ -107,10 +107,6 @@ def predicted_of(row: Row) -> int | None:
 def _with_spread(row: Row) -> str:
     rates = [1e3 * row["batch_size"] / ms for ms in row["ms"]]
     return f"{speed_of(row):.2f} [{min(rates):.2f}-{max(rates):.2f}]"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
 
 
 # --- plots

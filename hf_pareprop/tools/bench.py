@@ -11,7 +11,7 @@ from .checkpoint import CheckpointError, Source, reversible_class
 from .compare import Comparison, Row
 from .contenders import CHECKPOINTING, COMPILED, OFFLOADING, STOCK, Contender, Subject, reversible_contenders
 from .inputs import random_batch, real_batches, with_targets
-from .records import MB, aligned, ratio, size_in_words
+from .records import MB, aligned, number, ratio, size_in_words
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -84,11 +84,11 @@ def table(rows: Sequence[Row], limits: Mapping[str, int | None]) -> list[str]:
             [
                 row.contender,
                 str(row.batch_size),
-                row.error or _number(speed, ".2f"),
-                _number(relative, ".2f"),
+                row.error or number(speed, ".2f"),
+                number(relative, ".2f"),
                 "-" if row.peak_bytes is None else size_in_words(row.peak_bytes),
                 "-" if row.predicted_bytes is None else size_in_words(row.predicted_bytes),
-                _number(limits.get(row.contender), "d"),
+                number(limits.get(row.contender), "d"),
             ]
         )
     return aligned(lines, left={0})
@@ -163,10 +163,6 @@ def _said(row: Row) -> str:
 
 def _speed(row: Row) -> float:
     return row.samples_per_second or 0.0
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
 
 
 def plot(rows: Sequence[Row], title: str, cap: int) -> "Figure":

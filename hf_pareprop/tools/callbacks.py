@@ -15,7 +15,7 @@ def reversible_in(model: Any) -> ReversiblePreTrainedModel:
         ValueError: there is none.
     """
     for module in model.modules():
-        if isinstance(module, ReversiblePreTrainedModel) or hasattr(module, "set_beta"):
+        if hasattr(module, "set_beta"):
             return module
     raise ValueError(f"{type(model).__name__} is not a reversible model.")
 

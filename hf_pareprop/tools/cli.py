@@ -53,6 +53,14 @@ Src = Annotated[str, typer.Argument(metavar="SRC", help="A directory or a Hub id
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="The directory to make; it appears whole or not at all.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
 Shards = Annotated[str, typer.Option("--max-shard-size", help="Largest weights file, such as 5GB.")]
+RealInputs = Annotated[
+    Path | None,
+    typer.Option(
+        help="Real inputs: a file with a text per line, an image, or a directory of images; default: random."
+    ),
+]
+MaxLength = Annotated[int, typer.Option(min=1, help="Tokens; longer texts are truncated.")]
+Device = Annotated[str, typer.Option(help="auto: CUDA if there is one.")]
 Calibrate = Annotated[
     Path | None,
     typer.Option(
@@ -153,17 +161,12 @@ def verify(
     model_name: Annotated[
         str, typer.Argument(metavar="MODEL", help="A reversible checkpoint: a directory or a Hub id.")
     ],
-    batch: Annotated[
-        Path | None,
-        typer.Option(
-            help="Real inputs: a file with a text per line, an image, or a directory of images; default: random."
-        ),
-    ] = None,
+    batch: RealInputs = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Inputs in the step.")] = 4,
-    max_length: Annotated[int, typer.Option(min=1, help="Tokens; longer texts are truncated.")] = 128,
+    max_length: MaxLength = 128,
     engine: Annotated[Literal["reprop", "pareprop"], typer.Option(help="The engine to verify.")] = "pareprop",
     autocast: Annotated[Literal["none", "bf16"], typer.Option(help="Compute in bf16 autocast.")] = "none",
-    device: Annotated[str, typer.Option(help="auto: CUDA if there is one.")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Check a training step here: rebuilt states, gradients, memory. Exit status 1 if something does not hold."""
     source = open_source(model_name)
@@ -202,14 +205,9 @@ def bench(
     model_name: Annotated[
         str, typer.Option("--model", help="A checkpoint, stock or reversible: a directory or a Hub id.")
     ],
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            help="Real inputs: a file with a text per line, an image, or a directory of images; default: random."
-        ),
-    ] = None,
+    data: RealInputs = None,
     batch_size: Annotated[int, typer.Option(min=1, help="The batch size that you want to train with.")] = 8,
-    max_length: Annotated[int, typer.Option(min=1, help="Tokens; longer texts are truncated.")] = 128,
+    max_length: MaxLength = 128,
     memory_cap: Annotated[
         str | None, typer.Option(help="What training may take, such as 16GB; default: the device's memory.")
     ] = None,
@@ -217,7 +215,7 @@ def bench(
     autocast: Annotated[
         Literal["auto", "none", "bf16"], typer.Option(help="Compute in bf16 autocast; auto: on CUDA.")
     ] = "auto",
-    device: Annotated[str, typer.Option(help="auto: CUDA if there is one.")] = "auto",
+    device: Device = "auto",
     compiled: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Also torch.compile: a minute more.")
     ] = True,

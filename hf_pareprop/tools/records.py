@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Callable, Container, Sequence
 from datetime import datetime, timezone
@@ -78,6 +79,16 @@ def size_in_words(size: float) -> str:
 
 def ratio(a: float | None, b: float | None) -> float | None:
     return a / b if a is not None and b else None
+
+
+def number(value: float | None, form: str) -> str:
+    """``value`` by a format specification; a dash if there is none."""
+    return "-" if value is None else format(value, form)
+
+
+def slug(name: str) -> str:
+    """``name`` as a part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def aligned(lines: Sequence[Sequence[str]], left: Container[int]) -> list[str]:
