@@ -52,7 +52,7 @@ def before() -> Iterator[Job]:
 
 def main_part(seed: int) -> Iterator[Job]:
     """Fine-tuning the converted encoder, against the stock one."""
-    for beta in (None, 1 / 16, 1 / 8, 1 / 4):
+    for beta in (None, 1 / 32, 1 / 16, 1 / 8, 1 / 4):
         for task in TEXT:
             yield {"task": task, "seed": seed, "beta": beta}
 
@@ -72,7 +72,7 @@ def hybrid(seed: int) -> Iterator[Job]:
 
 
 def image(seed: int) -> Iterator[Job]:
-    for beta in (None, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0):
+    for beta in (None, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0):
         yield {"task": "fashion-mnist", "seed": seed, "beta": beta}
 
 
@@ -98,9 +98,8 @@ def variants(seed: int) -> Iterator[Job]:
 
 
 def goal(seed: int) -> Iterator[Job]:
-    """What could close the gap on the hardest task: a smaller beta, self-distillation, a longer training."""
+    """What else could close the gap on the hardest task: self-distillation, a longer training."""
     task = "20-newsgroups"
-    yield {"task": task, "seed": seed, "beta": 1 / 32}
     yield {"task": task, "seed": seed, "beta": 1 / 16, "adapted": ADAPTATION_STEPS}
     for beta in (None, 1 / 16, 1 / 8):
         yield {"task": task, "seed": seed, "beta": beta, "steps": LONGER}

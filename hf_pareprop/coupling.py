@@ -18,13 +18,26 @@ packed, until the step is undone.
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .packing import pack, unpack, widths
+
+try:
+    from .fused import advance as fused_advance
+    from .fused import fits
+    from .fused import retreat as fused_retreat
+except ModuleNotFoundError:  # builds of PyTorch without CUDA come without Triton
+
+    def fits(value: Tensor, state: Tensor, plan: "LayerPlan") -> bool:
+        return False
+
 
 DEFAULT_GRID_BITS = 12
 
@@ -231,6 +244,8 @@ class _Advance(torch.autograd.Function):
     @staticmethod
     def forward(ctx, value: Tensor, previous: Tensor, plan: LayerPlan) -> Tensor:
         ctx.beta = plan.beta
+        if runs_fused(value, previous, plan):
+            return fused_advance(value, previous, plan)[0]
         if not plan.side_bits:
             return _add_rounded(previous, value, plan, 1)
         return _land(torch.mul(previous, plan.beta / grid_of(plan)).floor_(), value, plan)
@@ -251,6 +266,64 @@ def advance_undoably(value: Tensor, previous: Tensor, plan: LayerPlan) -> tuple[
     """:func:`advance`, without a graph, and the side bits: what of ``s[i-1]`` is shifted below the grid, packed."""
     if not plan.side_bits:
         return advance(value, previous, plan), []
+    if runs_fused(value, previous, plan):
+        return fused_advance(value, previous, plan, keep=True)
+    return advance_in_passes(value, previous, plan)
+
+
+def retreat(value: Tensor, following: Tensor, plan: LayerPlan, sides: Sequence[Tensor] = ()) -> Tensor:
+    """``s[i-1]`` from ``Phi_i(s[i])``, ``s[i+1]`` and the side bits: the inverse of :func:`advance`, without a graph."""
+    if plan.grid_bits is None:
+        previous = torch.sub(following, value)
+        return previous if plan.beta == 1 else previous.div_(plan.beta)
+    if runs_fused(value, following, plan):
+        return fused_retreat(value, following, plan, sides)
+    return retreat_in_passes(value, following, plan, sides)
+
+
+def runs_fused(value: Tensor, state: Tensor, plan: LayerPlan) -> bool:
+    """Whether an update of ``state`` and its inverse run as one kernel each: on CUDA, where those prove their bits."""
+    if not fits(value, state, plan):
+        return False
+    return isinstance(value, FakeTensor) or fused_are_exact(
+        value.device, value.dtype, state.dtype, plan.beta, plan.grid_bits
+    )
+
+
+@cache
+def fused_are_exact(
+    device: torch.device, value_dtype: torch.dtype, state_dtype: torch.dtype, beta: float, grid_bits: int
+) -> bool:
+    """Try the kernels once, on random numbers, against the operations that they replace; warn if they do not agree."""
+    plan = LayerPlan(beta, grid_bits, state_dtype)
+    generator = torch.Generator().manual_seed(0)
+    value = torch.randn(8, 1000, generator=generator).to(device, value_dtype)
+    state = enter(torch.randn(8, 1000, generator=generator).to(device, state_dtype), plan)
+    following, sides = advance_in_passes(value, state, plan)
+    try:
+        found, kept = fused_advance(value, state, plan, keep=True)
+        undone = fused_retreat(value, found, plan, kept)
+        trouble = "" if all(map(torch.equal, (found, undone, *kept), (following, state, *sides))) else "other bits"
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of many kinds: Triton needs a C compiler, a driver, a GPU that it knows
+        trouble = f"{type(error).__name__}: {error}"
+    if trouble:
+        warnings.warn(
+            f"hf_pareprop's Triton kernels do not work on {device} ({trouble}): states are updated by PyTorch's operations, "
+            "with the same results, slower.",
+            stacklevel=2,
+        )
+    return not trouble
+
+
+# New memory costs more time than arithmetic on a CPU, so these write over what they computed last.
+
+
+def advance_in_passes(value: Tensor, previous: Tensor, plan: LayerPlan) -> tuple[Tensor, list[Tensor]]:
+    """:func:`advance_undoably` by PyTorch's operations."""
+    if not plan.side_bits:
+        return _add_rounded(previous, value, plan, 1), []
     units, sides = torch.mul(previous, 1 / grid_of(plan)), []
     for width in widths(plan.side_bits):
         kept = torch.mul(units, 2.0**-width).floor_()
@@ -259,18 +332,12 @@ def advance_undoably(value: Tensor, previous: Tensor, plan: LayerPlan) -> tuple[
     return _land(units, value, plan), sides
 
 
-def retreat(value: Tensor, following: Tensor, plan: LayerPlan, sides: Sequence[Tensor] = ()) -> Tensor:
-    """``s[i-1]`` from ``Phi_i(s[i])``, ``s[i+1]`` and the side bits: the inverse of :func:`advance`, without a graph."""
-    if plan.grid_bits is None:
-        previous = torch.sub(following, value)
-        return previous if plan.beta == 1 else previous.div_(plan.beta)
+def retreat_in_passes(value: Tensor, following: Tensor, plan: LayerPlan, sides: Sequence[Tensor]) -> Tensor:
+    """:func:`retreat` by PyTorch's operations."""
     previous = _add_rounded(following, value, plan, -1)
     for width, packed in zip(reversed(widths(plan.side_bits)), reversed(sides), strict=True):
         previous.mul_(2.0**width).add_(unpack(packed, width, previous.shape), alpha=grid_of(plan))
     return previous
-
-
-# New memory costs more time than arithmetic on a CPU, so the two below write over what they computed last.
 
 
 def _add_rounded(state: Tensor, value: Tensor, plan: LayerPlan, sign: int) -> Tensor:

@@ -10,6 +10,10 @@ for folder in ("examples", "benchmarks"):
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+if not torch.cuda.is_available():
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # kernels are tested without a GPU; they have to be so when imported
 
 
 def pytest_configure(config):

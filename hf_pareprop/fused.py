@@ -1,0 +1,181 @@
+"""An update of a state and its inverse, each in one pass over memory: Triton kernels with the bits of :mod:`coupling`.
+
+As single operations of PyTorch they take some twenty passes. Every operation here is exact, or rounds the number that its
+counterpart there rounds: products with powers of two do not round, so it does not matter what a compiler contracts.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+if TYPE_CHECKING:
+    from .coupling import LayerPlan
+
+DEVICES = {"cuda"}
+
+WIDTHS = (4, 2, 1)
+"""Of side bits that are packed; more than they add up to are left to PyTorch's operations."""
+
+ROWS = 8
+"""A tensor is seen as so many rows, so that elements that share a byte lie in one column, as in :mod:`packing`."""
+
+BLOCK = 256
+"""Columns that one program works on."""
+
+
+def fits(value: Tensor, state: Tensor, plan: "LayerPlan") -> bool:
+    """Whether the kernels take these tensors; otherwise PyTorch's operations do."""
+    return (
+        value.device.type in DEVICES
+        and plan.grid_bits is not None
+        and plan.side_bits <= sum(WIDTHS)
+        and value.numel() % ROWS == 0
+        and value.is_contiguous()
+        and state.is_contiguous()
+    )
+
+
+def advance(value: Tensor, previous: Tensor, plan: "LayerPlan", keep: bool = False) -> tuple[Tensor, list[Tensor]]:
+    """``s[i+1]`` from ``Phi_i(s[i])`` and ``s[i-1]``, of any one shape; and, to ``keep``, the packed side bits."""
+    following = torch.empty_like(previous)
+    sides = {w: previous.new_empty(previous.numel() * w // 8, dtype=torch.uint8) for w in _widths(plan) if keep}
+    _launch(_advance, value, previous, following, plan, sides, KEEP=keep)
+    return following, list(sides.values())
+
+
+def retreat(value: Tensor, following: Tensor, plan: "LayerPlan", sides: Sequence[Tensor]) -> Tensor:
+    """``s[i-1]`` from ``Phi_i(s[i])``, ``s[i+1]`` and the side bits that :func:`advance` kept."""
+    previous = torch.empty_like(following)
+    _launch(_retreat, value, following, previous, plan, dict(zip(_widths(plan), sides, strict=True)))
+    return previous
+
+
+def _widths(plan: "LayerPlan") -> list[int]:
+    return [width for width in WIDTHS if plan.side_bits & width]
+
+
+def _launch(
+    kernel: Any,
+    value: Tensor,
+    state: Tensor,
+    result: Tensor,
+    plan: "LayerPlan",
+    sides: dict[int, Tensor],
+    **flags: bool,
+) -> None:
+    columns = value.numel() // ROWS
+    if columns == 0 or isinstance(value, FakeTensor):  # nothing to compute, or nothing to compute it from
+        return
+    buffers = (sides.get(width, result) for width in WIDTHS)  # a pointer that is not used where there are no bits
+    with torch.cuda.device_of(value):
+        kernel[(triton.cdiv(columns, BLOCK),)](
+            *(value, state, result, *buffers, columns),
+            GRID_BITS=plan.grid_bits,
+            SIDE_BITS=plan.side_bits,
+            BLOCK=BLOCK,
+            **flags,
+        )
+
+
+@triton.jit
+def _advance(
+    value,
+    previous,
+    following,
+    fours,
+    twos,
+    ones,
+    columns,
+    GRID_BITS: tl.constexpr,
+    SIDE_BITS: tl.constexpr,
+    KEEP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    column, inside = _columns(columns, BLOCK)
+    at = _rows(8) * columns + column
+    units = tl.load(previous + at, inside) * 2.0**GRID_BITS
+    if SIDE_BITS & 4:
+        units = _shift_out(units, fours, 4, column, columns, inside, KEEP)
+    if SIDE_BITS & 2:
+        units = _shift_out(units, twos, 2, column, columns, inside, KEEP)
+    if SIDE_BITS & 1:
+        units = _shift_out(units, ones, 1, column, columns, inside, KEEP)
+    units += _rounded(tl.load(value + at, inside) * 2.0**GRID_BITS)
+    tl.store(following + at, units * 2.0**-GRID_BITS, inside)
+
+
+@triton.jit
+def _retreat(
+    value,
+    following,
+    previous,
+    fours,
+    twos,
+    ones,
+    columns,
+    GRID_BITS: tl.constexpr,
+    SIDE_BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    column, inside = _columns(columns, BLOCK)
+    at = _rows(8) * columns + column
+    units = tl.load(following + at, inside) * 2.0**GRID_BITS
+    units -= _rounded(tl.load(value + at, inside) * 2.0**GRID_BITS)
+    if SIDE_BITS & 1:
+        units = _shift_in(units, ones, 1, column, columns, inside)
+    if SIDE_BITS & 2:
+        units = _shift_in(units, twos, 2, column, columns, inside)
+    if SIDE_BITS & 4:
+        units = _shift_in(units, fours, 4, column, columns, inside)
+    tl.store(previous + at, units * 2.0**-GRID_BITS, inside)
+
+
+@triton.jit
+def _columns(columns, BLOCK: tl.constexpr):
+    column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    return column, column < columns
+
+
+@triton.jit
+def _rows(ROWS: tl.constexpr):
+    return tl.arange(0, ROWS).to(tl.int64)[:, None]
+
+
+@triton.jit
+def _rounded(x):
+    """To a whole number, half to even."""
+    floor = tl.floor(x)
+    above = x - floor
+    odd = floor != 2 * tl.floor(floor * 0.5)
+    return floor + tl.where((above > 0.5) | ((above == 0.5) & odd), 1.0, 0.0)
+
+
+@triton.jit
+def _shift_out(units, sides, WIDTH: tl.constexpr, column, columns, inside, KEEP: tl.constexpr):
+    """Cut the last WIDTH bits off ``units``; if ``KEEP``, store them, 8 / WIDTH elements to a byte."""
+    kept = tl.floor(units * 2.0**-WIDTH)
+    if KEEP:
+        bits = (units - kept * 2.0**WIDTH).to(tl.int32) << _places(WIDTH)
+        packed = tl.sum(tl.reshape(bits, (8 // WIDTH, WIDTH, bits.shape[1])), axis=0)
+        tl.store(sides + _rows(WIDTH) * columns + column, packed.to(tl.uint8), inside)
+    return kept
+
+
+@triton.jit
+def _shift_in(units, sides, WIDTH: tl.constexpr, column, columns, inside):
+    """The inverse of :func:`_shift_out`."""
+    packed = tl.load(sides + _rows(WIDTH) * columns + column, inside).to(tl.int32)
+    rows = tl.broadcast_to(packed[None, :, :], (8 // WIDTH, WIDTH, packed.shape[1]))
+    bits = (tl.reshape(rows, (8, packed.shape[1])) >> _places(WIDTH)) & (2**WIDTH - 1)
+    return units * 2.0**WIDTH + bits.to(units.dtype)
+
+
+@triton.jit
+def _places(WIDTH: tl.constexpr):
+    """How far into its byte each row's bits are shifted."""
+    return (tl.arange(0, 8) // WIDTH * WIDTH)[:, None]
