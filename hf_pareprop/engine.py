@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import functional_call
 
 from .coupling import LayerPlan, advance, advance_undoably, enter, fuse, phi, read, retreat
@@ -80,7 +81,9 @@ class Record:
             value = self.moments[index].replay(work)
         with torch.no_grad():
             previous = retreat(value, following, self.plan, self.sides[index])
-        return Rebuilt((state, *inputs, *parameters), value, previous)
+        # The graph alone is kept: what its last operation yields has served.
+        graph = get_gradient_edge(value) if value.requires_grad else None
+        return Rebuilt((state, *inputs, *parameters), graph, value.dtype, previous)
 
     def resident(self) -> bool:
         """Whether the module holds the parameters it held in the forward pass, rather than a shard of them."""
@@ -95,18 +98,19 @@ class Record:
 
 @dataclass
 class Rebuilt:
-    """A step's local graph, from ``sources`` (state, inputs, parameters) to ``value`` = Phi; and ``s[i-1]``."""
+    """A step's local graph, from ``sources`` (state, inputs, parameters) to Phi, of ``dtype``; and s[i-1]."""
 
     sources: tuple[Tensor, ...]
-    value: Tensor
+    graph: GradientEdge | None
+    dtype: torch.dtype
     previous: Tensor
 
     def gradients(self, grad: Tensor) -> list[Tensor | None]:
         """``J_Phi^T grad``: one gradient per source, ``None`` where there is none. Frees the graph."""
-        wanted = [t for t in self.sources if t.requires_grad]
-        if not self.value.requires_grad:
+        if self.graph is None:
             return [None] * len(self.sources)
-        found = iter(torch.autograd.grad(self.value, wanted, grad.to(self.value.dtype), allow_unused=True))
+        wanted = [t for t in self.sources if t.requires_grad]
+        found = iter(torch.autograd.grad([self.graph], wanted, [grad.to(self.dtype)], allow_unused=True))
         return [next(found) if t.requires_grad else None for t in self.sources]
 
 
@@ -331,9 +335,11 @@ class _RebuiltLayer(torch.autograd.Function):
             job = tape.ahead.pop(index, None) or session.start(
                 partial(record.rebuild, last, current, following, last > 0 or wants_state)
             )
+            scale = 1.0  # what grad_previous still has to be multiplied by: beta where a step of this layer left it
             for i in range(last, -1, -1):
                 rebuilt, here = job.result(), job.here()
                 current, following = rebuilt.previous, current
+                del job  # holds s[i+1]
                 # Begin to rebuild step i-1 ...
                 if i > 0:
                     job = session.start(partial(record.rebuild, i - 1, current, following, i > 1 or wants_state))
@@ -346,8 +352,10 @@ class _RebuiltLayer(torch.autograd.Function):
                     grad_state, *grads = rebuilt.gradients(grad_current)
                     totals = [_sum(total, grad) for total, grad in zip(totals, grads, strict=True)]
                     if grad_state is not None:
-                        grad_previous = grad_previous + grad_state
-                    grad_previous, grad_current = grad_current if beta == 1 else grad_current * beta, grad_previous
+                        grad_previous = torch.add(grad_state, grad_previous, alpha=scale)
+                    grad_previous, grad_current, scale = grad_current, grad_previous, beta
+                    if i == 0 and beta != 1:
+                        grad_previous = grad_previous * beta
                 del rebuilt, grad_state, grads
         return None, None, grad_previous, grad_current, *totals
 
