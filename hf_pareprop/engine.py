@@ -339,7 +339,6 @@ class _RebuiltLayer(torch.autograd.Function):
             for i in range(last, -1, -1):
                 rebuilt, here = job.result(), job.here()
                 current, following = rebuilt.previous, current
-                del job  # holds s[i+1]
                 # Begin to rebuild step i-1 ...
                 if i > 0:
                     job = session.start(partial(record.rebuild, i - 1, current, following, i > 1 or wants_state))

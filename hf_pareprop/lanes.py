@@ -19,7 +19,7 @@ class Job(Protocol):
     """A rebuild under way."""
 
     def result(self) -> Any:
-        """What the work returned, for use under :meth:`here`; raises what the work raised."""
+        """What the work returned, for use under :meth:`here`; raises what the work raised. To be asked for once."""
 
     def here(self) -> AbstractContextManager[None]:
         """Where gradients of the result are computed, after those computed under the last job's ``here``."""
@@ -61,7 +61,12 @@ class InlineLane:
 
 class _InlineJob:
     def __init__(self, work: Callable[[], Any]):
-        self.result = work
+        self._work: Callable[[], Any] | None = work
+
+    def result(self) -> Any:
+        work, self._work = self._work, None  # what the work read may be freed when it is done
+        assert work is not None, "the result of a job is asked for once"
+        return work()
 
     def here(self) -> AbstractContextManager[None]:
         return nullcontext()
