@@ -93,7 +93,7 @@ class ReversibleConfig(PreTrainedConfig):
         if "beta" not in kwargs:
             logger.warning_once(
                 f"{pretrained_model_name_or_path} is a stock checkpoint and becomes reversible at beta=0.5, which changes "
-                "what it computes. For fine-tuning beta=0.0625 keeps more of what it knows: give beta to choose."
+                "what it computes. For fine-tuning beta=0.03125 keeps more of what it knows: give beta to choose."
             )
         # Through the stock class, because a configuration file may leave out fields that are at its defaults.
         return cls.from_stock_dict({**CONFIG_MAPPING[found].from_dict(config_dict).to_dict(), **config_dict}), kwargs

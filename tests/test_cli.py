@@ -83,7 +83,7 @@ def test_there_and_back(name, run, tmp_path):
     out = run("convert", tmp_path / "stock", tmp_path / "reversible")
     assert (
         f"{name}, 3 layers, 32 wide" in out
-        and "layers 0-2: reversible, beta 0.0625, float32 states of 12 + 12 bits, 4 side bits" in out
+        and "layers 0-2: reversible, beta 0.03125, float32 states of 12 + 12 bits, 5 side bits" in out
     )
     run("export", tmp_path / "reversible", tmp_path / "back")
     a, b = (load_file(tmp_path / which / "model.safetensors") for which in ("stock", "back"))
@@ -150,7 +150,11 @@ def test_options(run, src, tmp_path):
     assert model.config.beta == [0.0, 0.5, 0.5] and model.config.anchor_every == 1 and model.dtype == torch.bfloat16
     assert sum(plan.closes for plan in model.config.layer_plans()) == 2
     run("convert", src, tmp_path / "out", "--layers", "0,2", "--overwrite")
-    assert hp.RevRobertaForSequenceClassification.from_pretrained(tmp_path / "out").config.beta == [0.0625, 0, 0.0625]
+    assert hp.RevRobertaForSequenceClassification.from_pretrained(tmp_path / "out").config.beta == [
+        0.03125,
+        0,
+        0.03125,
+    ]
     assert names_in(tmp_path) == ["out", "stock"]
 
 
@@ -367,7 +371,7 @@ def test_bench(run, src, texts, tmp_path):
     found = json.loads((tmp_path / "report" / "bench.json").read_text())
     names = [row["contender"] for row in found["rows"]]
     assert names[:3] == ["plain training", "gradient checkpointing", "activations on the CPU"]
-    assert names[3:] == [f"{engine}, beta {beta}" for beta in ("0.0625", "1") for engine in ("reprop", "pareprop")]
+    assert names[3:] == [f"{engine}, beta {beta}" for beta in ("0.03125", "1") for engine in ("reprop", "pareprop")]
     assert all(len(row["ms"]) == 1 and row["batch_size"] == 3 for row in found["rows"])
     assert all(name in said for name in names) and "largest batch" in said and "states" in said
     assert found["recommendation"] in said and found["torch"] == torch.__version__

@@ -36,7 +36,7 @@ from .memory import memory_growth
 from .records import device_name, size_in_words, software
 from .verify import verify as verify_step
 
-DEFAULT_BETA = 0.0625
+DEFAULT_BETA = 0.03125
 
 TIMING_SECONDS = 120.0
 """After which `bench` begins no further round."""
