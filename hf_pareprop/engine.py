@@ -226,8 +226,8 @@ class Autograd:
 class Reprop:
     """Store one pair of states per segment and rebuild the rest, step by step, on the caller's thread and stream.
 
-    Least memory: one step's graph is alive at a time, and ``m`` bits per element and step at ``beta = 2**-m``. Costs one more forward per step, like activation checkpointing.
-    Cannot do higher-order gradients.
+    Least memory: one step's graph is alive at a time, and ``m`` bits per element and step at ``beta = 2**-m``. Costs one more
+    forward per step, like activation checkpointing. Cannot do higher-order gradients.
 
     Gomez et al. 2017, arXiv 1707.04585, algorithm 1.
     """
