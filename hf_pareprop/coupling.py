@@ -264,7 +264,7 @@ def advance(value: Tensor, previous: Tensor, plan: LayerPlan) -> Tensor:
 
 def advance_undoably(value: Tensor, previous: Tensor, plan: LayerPlan) -> tuple[Tensor, list[Tensor]]:
     """:func:`advance`, without a graph, and the side bits: what of ``s[i-1]`` is shifted below the grid, packed."""
-    if not plan.side_bits:
+    if plan.grid_bits is None:
         return advance(value, previous, plan), []
     if runs_fused(value, previous, plan):
         return fused_advance(value, previous, plan, keep=True)

@@ -13,6 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .packing import widths
+
 if TYPE_CHECKING:
     from .coupling import LayerPlan
 
@@ -43,7 +45,9 @@ def fits(value: Tensor, state: Tensor, plan: "LayerPlan") -> bool:
 def advance(value: Tensor, previous: Tensor, plan: "LayerPlan", keep: bool = False) -> tuple[Tensor, list[Tensor]]:
     """``s[i+1]`` from ``Phi_i(s[i])`` and ``s[i-1]``, of any one shape; and, to ``keep``, the packed side bits."""
     following = torch.empty_like(previous)
-    sides = {w: previous.new_empty(previous.numel() * w // 8, dtype=torch.uint8) for w in _widths(plan) if keep}
+    sides = {
+        w: previous.new_empty(previous.numel() * w // 8, dtype=torch.uint8) for w in widths(plan.side_bits) if keep
+    }
     _launch(_advance, value, previous, following, plan, sides, KEEP=keep)
     return following, list(sides.values())
 
@@ -51,12 +55,8 @@ def advance(value: Tensor, previous: Tensor, plan: "LayerPlan", keep: bool = Fal
 def retreat(value: Tensor, following: Tensor, plan: "LayerPlan", sides: Sequence[Tensor]) -> Tensor:
     """``s[i-1]`` from ``Phi_i(s[i])``, ``s[i+1]`` and the side bits that :func:`advance` kept."""
     previous = torch.empty_like(following)
-    _launch(_retreat, value, following, previous, plan, dict(zip(_widths(plan), sides, strict=True)))
+    _launch(_retreat, value, following, previous, plan, dict(zip(widths(plan.side_bits), sides, strict=True)))
     return previous
-
-
-def _widths(plan: "LayerPlan") -> list[int]:
-    return [width for width in WIDTHS if plan.side_bits & width]
 
 
 def _launch(

@@ -11,9 +11,8 @@ for folder in ("examples", "benchmarks"):
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 if not torch.cuda.is_available():
-    os.environ.setdefault(
-        "TRITON_INTERPRET", "1"
-    )  # kernels are tested without a GPU; they have to be so when imported
+    # Kernels are tested without a GPU; Triton looks at this when they are imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_configure(config):
