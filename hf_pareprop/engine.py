@@ -85,6 +85,10 @@ class Record:
         graph = get_gradient_edge(value) if value.requires_grad else None
         return Rebuilt((state, *inputs, *parameters), graph, value.dtype, previous)
 
+    def forget(self, index: int) -> None:
+        """Free what step ``index``, which is undone, needed for that."""
+        self.sides[index] = []
+
     def resident(self) -> bool:
         """Whether the module holds the parameters it held in the forward pass, rather than a shard of them."""
         now = tuple(named_parameters_of(self.module).values())
@@ -326,6 +330,7 @@ class _RebuiltLayer(torch.autograd.Function):
         beta = record.plan.beta
         wants_state = any(ctx.needs_input_grad[2:4])
         _ = ctx.saved_tensors  # raises if a parameter was modified, or if the graph was freed
+        again = torch._C._autograd._get_current_graph_task_keep_graph()  # retain_graph: there may be a second backward
         totals: list[Tensor | None] = [None] * (len(record.inputs) + len(record.parameters))
 
         lane = tape.engine.lane(grad_current.device)
@@ -339,6 +344,8 @@ class _RebuiltLayer(torch.autograd.Function):
             for i in range(last, -1, -1):
                 rebuilt, here = job.result(), job.here()
                 current, following = rebuilt.previous, current
+                if not again:
+                    record.forget(i)
                 # Begin to rebuild step i-1 ...
                 if i > 0:
                     job = session.start(partial(record.rebuild, i - 1, current, following, i > 1 or wants_state))

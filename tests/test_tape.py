@@ -8,7 +8,7 @@ import torch
 from families import FAMILIES, assert_same, gradients, step
 
 import hf_pareprop.engine
-from hf_pareprop.engine import Tape, named_parameters_of
+from hf_pareprop.engine import Record, Tape, named_parameters_of
 
 ENGINES = ["reprop", "pareprop"]
 
@@ -80,6 +80,35 @@ def test_backward_twice_through_a_retained_graph(family, engine):
         loss.backward()
         found.append(gradients(model))
     assert_same(*found)
+
+
+def test_side_bits_live_from_the_forward_to_their_step(family, engine, monkeypatch):
+    """4 bits per element and step at beta = 1/16, freed as steps are undone: unless the graph is retained."""
+    tapes, kept = [], []
+    start, rebuild = Tape.start, Record.rebuild
+
+    def noting_tape(self, embeddings):
+        tapes.append((self, embeddings.numel() // 2))
+        return start(self, embeddings)
+
+    def noting_bytes(self, *args):
+        result = rebuild(self, *args)
+        kept.append(held())
+        return result
+
+    def held():
+        return sum(bits.nbytes for record in tape.records.values() for step in record.sides for bits in step)
+
+    monkeypatch.setattr(Tape, "start", noting_tape)
+    monkeypatch.setattr(Record, "rebuild", noting_bytes)
+    model, batch = family.build(3, beta=1 / 16), family.batch()
+    (loss,) = losses_in(model, engine, batch)
+    ((tape, size),) = tapes
+    loss.backward(retain_graph=True)
+    assert kept == [6 * size] * 6
+    kept.clear()
+    loss.backward()
+    assert kept == [n * size for n in (6, 5, 4, 3, 2, 1)] and held() == 0
 
 
 def test_a_freed_graph_is_noticed(family, engine):
