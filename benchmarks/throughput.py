@@ -23,8 +23,9 @@ from throughput_report import plot_memory, plot_throughput, table
 
 from hf_pareprop.coupling import plan_layers
 from hf_pareprop.tools.accounting import predict
+from hf_pareprop.tools.cli import DEFAULT_BETA
 from hf_pareprop.tools.compare import Comparison, resized
-from hf_pareprop.tools.contenders import STOCK_CONTENDERS, Contender, reversible_contenders
+from hf_pareprop.tools.contenders import STOCK_CONTENDERS, Contender, reversible_contenders, with_free_budget
 from hf_pareprop.tools.records import cores, cpu_model, device_name, save, slug, software
 from hf_pareprop.tools.timing import OUT_OF_MEMORY
 
@@ -60,7 +61,7 @@ def child(job: Job) -> None:
 
 
 def contenders_of(job: Job) -> tuple[Contender, ...]:
-    return (*STOCK_CONTENDERS, *reversible_contenders(job["betas"]))
+    return (*STOCK_CONTENDERS, *with_free_budget(reversible_contenders(job["betas"])))
 
 
 def comparison_of(job: Job, device: torch.device) -> Comparison:
@@ -163,7 +164,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if present")
     parser.add_argument("--sizes", nargs="+", help=f"of {', '.join(SIZES)}; default: all on CUDA, vit-s on a CPU")
     parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
-    parser.add_argument("--betas", nargs="+", type=float, default=[1.0, 0.5], help="default: 1 0.5")
+    parser.add_argument(
+        "--betas", nargs="+", type=float, default=[1.0, DEFAULT_BETA], help=f"default: 1 {DEFAULT_BETA}"
+    )
     parser.add_argument("--caps", nargs="*", type=positive, default=[16, 24, 80], help="GB; default: 16 24 80")
     parser.add_argument(
         "--depths", nargs="*", type=positive, default=[6, 12, 24, 48], help="for memory; default: 6 12 24 48"

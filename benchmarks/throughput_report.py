@@ -23,8 +23,8 @@ COLOURS = {
     "reprop": "#d55e00",
     "pareprop": "#0072b2",
 }
-MARKERS = ("o", "s", "^", "D")
-"""One per beta."""
+MARKERS = ("o", "s", "^")
+"""Of beta 1, of another one, and of what keeps something at either."""
 
 
 def table(parts: Sequence[Part]) -> str:
@@ -91,8 +91,8 @@ def row_of(part: Part, contender: str) -> Row | None:
 
 
 def reprop_of(contender: str) -> str:
-    """Serial reprop at the same beta."""
-    return f"reprop,{contender.partition(',')[2]}"
+    """Serial reprop at the same beta, which keeps nothing."""
+    return ", ".join(["reprop", *contender.split(", ")[1:2]])
 
 
 def speed_of(row: Row | None) -> float | None:
@@ -177,6 +177,7 @@ def _contenders(parts: Sequence[Part]) -> list[str]:
 
 
 def _look(contender: str) -> dict[str, Any]:
-    kind, _, beta = contender.partition(", beta ")
-    marker = MARKERS[0 if beta in ("", "1") else 1]
+    kind, _, rest = contender.partition(", beta ")
+    beta, _, kept = rest.partition(", ")
+    marker = MARKERS[2 if kept else 0 if beta in ("", "1") else 1]
     return {"color": COLOURS[kind], "marker": marker, "markersize": 4, "linestyle": "--" if beta == "1" else "-"}

@@ -29,9 +29,12 @@ class ReversibleConfig(PreTrainedConfig):
             Store a pair of states after every so many layers; `None` stores none, unless the absence of a grid asks for it.
         retained_layers (`int`, defaults to 0):
             So many of the last layers keep their graphs from the forward pass and are not rebuilt: faster, more memory.
-        memory_budget (`"auto"`, `int`, `float` or `None`, defaults to `None`):
-            Keep the graphs of as many layers as fit into so many bytes, into a fraction of the free memory, or
-            (`"auto"`) into nearly all of it. Measured in the first steps, and for every shape of batch.
+        memory_budget (`"gradients"`, `"auto"`, `int`, `float` or `None`, defaults to `None`):
+            Keep what fits, which then need not be rebuilt: the results of the products that end an MLP, then the graphs of
+            layers. Into the bytes that the gradients of the layers' parameters take later in the step, so that the peak
+            stays where it is (`"gradients"`: nothing but with the first of accumulated gradients); into so many bytes;
+            into a fraction of the free memory, or nearly all of it (`"auto"`). Measured in the first steps, and for
+            every shape of batch.
         stock_model_type (`str` or `None`, defaults to `None`):
             Model type of the stock checkpoint that the weights came from, which exporting returns to; `None` is the
             family's own.

@@ -43,7 +43,7 @@ Pair = tuple[Tensor, Tensor]
 class Record:
     """What one call of one layer leaves for its backward: everything but activations.
 
-    ``sides`` are the side bits of each step, which undoing it needs.
+    ``sides`` are the side bits of each step, which undoing it needs; with ``keeps_products``, products are not rebuilt.
     """
 
     module: nn.Module
@@ -51,6 +51,7 @@ class Record:
     plan: LayerPlan
     dtype: torch.dtype
     inputs: tuple[Tensor, ...]
+    keeps_products: bool = False
     parameters: tuple[Tensor, ...] = ()
     moments: list[Moment] = field(default_factory=list)
     sides: list[list[Tensor]] = field(default_factory=list)
@@ -58,7 +59,7 @@ class Record:
     def run(self, previous: Tensor, current: Tensor, undoable: bool = False) -> Pair:
         """The layer's forward; if ``undoable``, remembering the ambient state and the side bits of each step."""
         for step in self.steps:
-            moment = Moment(current.device)
+            moment = Moment(current.device, self.keeps_products)
             work = partial(self._phi, step, read(current, self.dtype), self.inputs)
             if undoable:
                 following, sides = advance_undoably(moment.record(work), previous, self.plan)
@@ -85,9 +86,17 @@ class Record:
         graph = get_gradient_edge(value) if value.requires_grad else None
         return Rebuilt((state, *inputs, *parameters), graph, value.dtype, previous)
 
+    def kept(self) -> list[list[Tensor]]:
+        """What each step keeps until it is undone: its side bits, and results of products."""
+        return [
+            [*sides, *(moment.products.results if moment.products else ())]
+            for sides, moment in zip(self.sides, self.moments, strict=True)
+        ]
+
     def forget(self, index: int) -> None:
         """Free what step ``index``, which is undone, needed for that."""
         self.sides[index] = []
+        self.moments[index].products = None
 
     def resident(self) -> bool:
         """Whether the module holds the parameters it held in the forward pass, rather than a shard of them."""
@@ -127,7 +136,7 @@ class Tape:
     Args:
         engine: one of :data:`ENGINES`.
         plans: the coupling of every layer, from :func:`coupling.plan_layers`.
-        retention: how many of the last layers keep their graphs; by default none.
+        retention: how many of the last layers keep their graphs, and how many below those their products; by default none.
     """
 
     dtype: torch.dtype
@@ -137,7 +146,7 @@ class Tape:
         self.engine = engine
         self.plans = plans
         self.retention = retention or Retention()
-        self.kept_from = len(plans)
+        self.graphs_from = self.products_from = len(plans)
         self.records: dict[int, Record] = {}
         self.pairs: dict[int, Pair] = {}
         self.ahead: dict[int, Any] = {}
@@ -145,7 +154,9 @@ class Tape:
     def start(self, embeddings: Tensor) -> Pair:
         """The first pair, ``s[-1] = s[0] = embeddings``; their dtype becomes the compute dtype."""
         self.dtype = embeddings.dtype
-        self.kept_from = len(self.plans) - self.retention.layers_for(embeddings, len(self.plans))
+        graphs, products = self.retention.plan(embeddings, self.plans)
+        self.graphs_from = len(self.plans) - graphs
+        self.products_from = self.graphs_from - products
         return embeddings, embeddings
 
     @torch.compiler.disable  # a compiled forward and an eager recomputation would differ in bits
@@ -167,6 +178,20 @@ class Tape:
             steps: two or more.
             inputs: tensors that steps read besides the state and may need a gradient; passed to every step.
         """
+        pair = self._apply(index, module, steps, previous, current, inputs)
+        if index == len(self.plans) - 1:
+            self.retention.watch(self, pair[1])
+        return pair
+
+    def _apply(
+        self,
+        index: int,
+        module: nn.Module,
+        steps: Sequence[Step],
+        previous: Tensor,
+        current: Tensor,
+        inputs: tuple[Tensor, ...],
+    ) -> Pair:
         plan = self.plans[index]
         if not plan.reversible:
             return _conventional(steps, current.to(self.dtype), inputs)
@@ -243,13 +268,14 @@ class Reprop:
         sources = (previous, current, *record.inputs, *parameters)
         if not (torch.is_grad_enabled() and any(t.requires_grad for t in sources)):
             return record.run(previous, current)
-        if index >= tape.kept_from:
+        if index >= tape.graphs_from:
             return tape.retention.run(partial(record.run, previous, current), parameters)
         record.inputs = tuple(t.detach().requires_grad_(t.requires_grad) for t in record.inputs)
         record.parameters = parameters
+        record.keeps_products = index >= tape.products_from
         tape.records[index] = record
         previous, current = _RebuiltLayer.apply(tape, index, *sources)
-        if record.plan.closes or index + 1 == tape.kept_from:
+        if record.plan.closes or index + 1 == tape.graphs_from:
             previous, current = _Anchor.apply(tape, index, previous, current)
         return previous, current
 

@@ -83,7 +83,7 @@ class ReversiblePreTrainedModel(PreTrainedModel):
         base.layer_plans = plans
 
     def set_retention(self, layers: int = 0, memory_budget: str | int | float | None = None) -> None:
-        """Choose how many of the last layers keep their graphs, or by which budget, from the next forward pass on.
+        """Choose how many of the last layers keep their graphs, or a budget for what is kept, from the next forward pass on.
 
         The gradients are the same. See `retained_layers` and `memory_budget` of the configuration, which stays as it
         is: it travels, and memory is a machine's.
@@ -92,19 +92,19 @@ class ReversiblePreTrainedModel(PreTrainedModel):
             ValueError: one of the two is out of range, or both are given.
         """
         base: Any = self.base_model
-        base.retention = Retention(layers, memory_budget)
+        base.retention = Retention(layers, memory_budget, base.encoder.layer.parameters)
 
     def encode(self, embeddings: Tensor, attention_mask: Any, **kwargs: Any) -> Tensor:
         """Run the encoder with a tape of its own; where memory runs out, once more with fewer graphs kept."""
         if self.retention is None:
-            self.retention = Retention(self.config.retained_layers, self.config.memory_budget)
+            self.set_retention(self.config.retained_layers, self.config.memory_budget)
         encoder: Any = self.encoder
         while True:
             tape = self.new_tape(encoder.layer, attention_mask, **kwargs)
             try:
                 return encoder(embeddings, attention_mask, tape, **kwargs)
             except torch.OutOfMemoryError:
-                if not self.retention.back_off():
+                if self.retention is None or not self.retention.back_off():
                     raise
             logger.warning(
                 "out of memory in the forward pass: it is repeated, and from now on fewer layers keep their graphs."

@@ -24,6 +24,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_rev_roberta import RevRobertaConfig
 from .engine import Tape, named_parameters_of
 from .hub import HiddenState, ReversiblePreTrainedModel, requested
+from .products import Product
 
 
 class RevRobertaEmbeddings(nn.Module):
@@ -125,7 +126,7 @@ class RevRobertaOutput(nn.Module):
 
     def __init__(self, config: RevRobertaConfig, in_features: int):
         super().__init__()
-        self.dense = nn.Linear(in_features, config.hidden_size)
+        self.dense = Product(in_features, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 

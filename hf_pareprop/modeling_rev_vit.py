@@ -20,6 +20,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_rev_vit import RevViTConfig
 from .engine import Tape
 from .hub import HiddenState, ReversiblePreTrainedModel, requested
+from .products import Product
 
 
 def height_and_width(size: int | Iterable[int]) -> tuple[int, int]:
@@ -150,7 +151,7 @@ class RevViTDense(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, then: nn.Module):
         super().__init__()
-        self.dense = nn.Linear(in_features, out_features)
+        self.dense = Product(in_features, out_features)
         self.then = then
 
     def forward(self, hidden_states: Tensor) -> Tensor:

@@ -1,12 +1,14 @@
-"""Run a function a second time under the conditions of the first: random numbers and autocast."""
+"""Run a function a second time under the conditions of the first: random numbers, autocast, products that were kept."""
 
 import ctypes
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from .products import Products
 
 T = TypeVar("T")
 
@@ -20,12 +22,17 @@ class Moment:
 
     Random numbers are replayed from the generators' states before the step, and only if the step drew some; the
     generators are left as they were found, so the global stream of random numbers is the one plain training sees.
+
+    Args:
+        device: of the step.
+        keeps_products: whether results of products are kept, which are then not computed again.
     """
 
-    __slots__ = ("_autocast", "_rng", "device")
+    __slots__ = ("_autocast", "_rng", "device", "products")
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, keeps_products: bool = False):
         self.device = device
+        self.products = Products() if keeps_products else None
         self._rng: list[Tensor] | None = None
         self._autocast = [
             (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
@@ -41,14 +48,15 @@ class Moment:
     def record(self, work: Callable[[], T]) -> T:
         """Run ``work`` for the first time; remember the generators' states if it drew random numbers."""
         before = _rng_state(self.device)
-        result = self.run(work)
+        with self.products.keeping() if self.products else nullcontext():
+            result = self.run(work)
         drew = any(_bytes(a) != _bytes(b) for a, b in zip(before, _rng_state(self.device), strict=True))
         self._rng = before if drew else None
         return result
 
     def replay(self, work: Callable[[], T]) -> T:
         """Run ``work`` again as it ran in :meth:`record`."""
-        with self._in_autocast():
+        with self._in_autocast(), self.products.given() if self.products else nullcontext():
             if self._rng is None:
                 return work()
             found = _rng_state(self.device)

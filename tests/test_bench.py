@@ -60,6 +60,14 @@ def test_retention_where_some_layers_can_be_kept():
     assert recommend(rows, 8, CAP).startswith(wanted)
 
 
+def test_what_is_free_is_kept_where_that_is_fastest():
+    rows = [row(PLAIN, 1, None, 1200), row(PAREPROP, 8, 9, 260), row(f"{PAREPROP}, budget of gradients", 8, 11, 261)]
+    wanted = (
+        "Train the reversible model with backward_engine='pareprop', beta=0.0625, memory_budget='gradients', batch"
+    )
+    assert recommend(rows, 8, CAP).startswith(wanted)
+
+
 def test_checkpointing_where_it_is_faster():
     rows = [row(PLAIN, 1, None, 1200), row(CHECKPOINTED, 8, 8, 700), row(PAREPROP, 8, 7, 260)]
     assert recommend(rows, 8, CAP).startswith("Use gradient checkpointing of the stock model, batch size 8.")
@@ -87,9 +95,12 @@ def test_nothing_fits():
     assert said.startswith("Nothing trains this model within 1000 MB")
 
 
-@pytest.mark.parametrize("beta, reversible", [(0.0625, 4), (1.0, 2)])
+@pytest.mark.parametrize("beta, reversible", [(0.0625, 6), (1.0, 3)])
 def test_contenders(beta, reversible):
-    """Beside the stock model's ways: the two engines at the beta asked for, and at 1 if that is another one."""
+    """Beside the stock model's ways: the two engines at the beta asked for, and at 1 if that is another one.
+
+    And the faster engine with what it can keep for free.
+    """
     found = contenders(beta, compiled=True)
     assert len(found) == len(set(found)) == 4 + reversible
     assert any(c.compiled for c in found) and not any(c.compiled for c in contenders(beta, compiled=False))

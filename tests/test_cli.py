@@ -371,7 +371,8 @@ def test_bench(run, src, texts, tmp_path):
     found = json.loads((tmp_path / "report" / "bench.json").read_text())
     names = [row["contender"] for row in found["rows"]]
     assert names[:3] == ["plain training", "gradient checkpointing", "activations on the CPU"]
-    assert names[3:] == [f"{engine}, beta {beta}" for beta in ("0.03125", "1") for engine in ("reprop", "pareprop")]
+    ways = ("reprop, beta {}", "pareprop, beta {}", "pareprop, beta {}, budget of gradients")
+    assert names[3:] == [way.format(beta) for beta in ("0.03125", "1") for way in ways]
     assert all(len(row["ms"]) == 1 and row["batch_size"] == 3 for row in found["rows"])
     assert all(name in said for name in names) and "largest batch" in said and "states" in said
     assert found["recommendation"] in said and found["torch"] == torch.__version__

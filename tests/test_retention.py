@@ -1,5 +1,8 @@
 """Layers that keep their graphs: the same gradients, fewer rebuilds, and as many as a budget allows."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from families import FAMILIES, assert_same, cast, step
@@ -9,7 +12,8 @@ from transformers import TrainingArguments
 import hf_pareprop as hp
 from hf_pareprop import retention
 from hf_pareprop.engine import Record
-from hf_pareprop.retention import counting_saved
+from hf_pareprop.products import Products
+from hf_pareprop.retention import Kept, Retention, Sizes, coming, counting_saved, share_out
 from hf_pareprop.tools.accounting import predict
 from hf_pareprop.tools.compare import resized
 from hf_pareprop.tools.contenders import Subject, reversible_contenders
@@ -87,12 +91,18 @@ def kept_bytes(model, batch):
     return sum(found.values())
 
 
+def graph_size(model):
+    """Bytes that a layer keeps, measured in the one forward pass so far."""
+    ((graph, _),) = model.base_model.retention._sizes.values()
+    return graph
+
+
 def test_a_layer_is_measured_as_what_it_keeps(family):
     """What one more kept layer adds to all that is saved, and not to what the hooks of others see."""
     model, batch = family.build(DEPTH, 0.1, beta=0.5), resized(family.batch(), 24)
     model.set_retention(memory_budget=10**12)
     model(**batch)
-    (size,) = model.base_model.retention._sizes.values()
+    size = graph_size(model)
     model.set_retention(1)
     one = kept_bytes(model, batch)
     model.set_retention(3)
@@ -112,7 +122,7 @@ def test_prediction_of_memory_is_within_ten_per_cent(family_name, bf16):
     model.set_retention(memory_budget=10**12)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         model(**batch)
-    (size,) = model.base_model.retention._sizes.values()
+    size = graph_size(model)
 
     def graphs(layers):
         return predict(subject, way.retaining(layers), batch, CPU, bf16).graphs
@@ -126,23 +136,76 @@ def layers_kept(model, batch, rebuilt):
     return model.config.num_hidden_layers - len({layer for layer, _ in rebuilt})
 
 
-def test_bytes(family, rebuilt):
+@pytest.fixture
+def no_products(monkeypatch):
+    """Graphs alone are kept, as in a model that has no products."""
+    monkeypatch.setattr(Products, "results", [])
+
+
+def test_bytes(family, rebuilt, no_products):
     model, batch = family.build(DEPTH, beta=0.5), family.batch()
     model.set_retention(memory_budget=10**12)
     assert [layers_kept(model, batch, rebuilt) for _ in range(2)] == [1, DEPTH]
-    (size,) = model.base_model.retention._sizes.values()
+    size = graph_size(model)
     for budget, expected in ((0, 0), (size - 1, 0), (size, 1), (3 * size + 1, 3)):
         model.set_retention(memory_budget=budget)
         layers_kept(model, batch, rebuilt)
         assert layers_kept(model, batch, rebuilt) == expected
 
 
-def test_other_shapes(family, rebuilt):
+@pytest.mark.parametrize(
+    "allowance, kept",
+    [
+        (-1, (0, 0)),
+        (0, (0, 0)),
+        (9, (0, 0)),
+        (10, (0, 1)),
+        (39, (0, 3)),
+        (40, (0, 4)),  # all products, then graphs in their place
+        (129, (0, 4)),
+        (130, (1, 3)),
+        (399, (3, 1)),
+        (400, (4, 0)),
+        (10**9, (4, 0)),
+    ],
+)
+def test_sharing_out(allowance, kept):
+    assert share_out(allowance, Sizes(graph=100, products=10), 4) == kept
+    assert Kept(*kept).bytes(Sizes(100, 10)) <= max(0, allowance)
+
+
+@pytest.mark.parametrize("allowance, kept", [(-1, 0), (0, 0), (99, 0), (100, 1), (399, 3), (400, 4), (500, 4)])
+def test_sharing_out_without_products(allowance, kept):
+    assert share_out(allowance, Sizes(graph=100), 4) == (kept, 0)
+
+
+def test_products_are_measured_and_kept_by_a_budget(family, monkeypatch):
+    model, batch = family.build(DEPTH, beta=0.5), family.batch()
+    model.set_retention(memory_budget=10**12)
+    model(**batch)
+    ((graph, products),) = model.base_model.retention._sizes.values()
+    tokens = 3 * (11 if "input_ids" in batch else 10)
+    assert products == tokens * 32 * 4 < graph / 8
+    planned, original = [], Retention.plan
+
+    def noting(self, *args):
+        planned.append(original(self, *args))
+        return planned[-1]
+
+    monkeypatch.setattr(Retention, "plan", noting)
+    reference = step(model, batch, "autograd")
+    model.set_retention(memory_budget=2 * graph + 2 * products)
+    for _ in range(2):
+        assert_same(reference[1], step(model, batch, "pareprop")[1])
+    assert planned[1:] == [(1, 0), (2, 2)]
+
+
+def test_other_shapes(family, rebuilt, no_products):
     """By what a layer kept per element at first, then as measured; small batches keep more layers."""
     model, batch = family.build(DEPTH, beta=0.5), family.batch()
     model.set_retention(memory_budget=10**12)
     model(**resized(batch, 8))
-    (size,) = model.base_model.retention._sizes.values()
+    size = graph_size(model)
     model.set_retention(memory_budget=2 * size)
     model(**resized(batch, 8))
     kept = {n: layers_kept(model, resized(batch, n), rebuilt) for n in (8, 4, 16, 32)}
@@ -150,12 +213,12 @@ def test_other_shapes(family, rebuilt):
     assert len(model.base_model.retention._sizes) == 3  # nothing kept, nothing measured
 
 
-def test_free_memory(family, rebuilt, monkeypatch):
+def test_free_memory(family, rebuilt, monkeypatch, no_products):
     """Looked at in the third step; what the first two had at their peak besides is scaled up for larger batches."""
     model, batch = family.build(DEPTH, beta=0.5), family.batch()
     model.set_retention(memory_budget=10**12)
     model(**resized(batch, 8))
-    (size,) = model.base_model.retention._sizes.values()
+    size = graph_size(model)
     monkeypatch.setattr(retention, "free_memory", lambda device: (4 * size, 3 * size))
     model.set_retention(memory_budget=0.5)
     assert [layers_kept(model, resized(batch, 8), rebuilt) for _ in range(3)] == [1, 1, 3]
@@ -166,12 +229,12 @@ def test_free_memory(family, rebuilt, monkeypatch):
     assert [layers_kept(model, resized(batch, 8), rebuilt) for _ in range(3)] == [1, 1, 4]
 
 
-def test_what_is_allocated_later_counts(family, rebuilt, monkeypatch):
+def test_what_is_allocated_later_counts(family, rebuilt, monkeypatch, no_products):
     """With gradient accumulation the optimizer's state comes after the third forward pass."""
     model, batch = family.build(DEPTH, beta=0.5), family.batch()
     model.set_retention(memory_budget=10**12)
     model(**batch)
-    (size,) = model.base_model.retention._sizes.values()
+    size = graph_size(model)
     used = [5 * size]
     monkeypatch.setattr(retention, "free_memory", lambda device: (3 * size, 0))
     monkeypatch.setattr(retention, "in_use", lambda device: used[0])
@@ -182,7 +245,7 @@ def test_what_is_allocated_later_counts(family, rebuilt, monkeypatch):
         assert layers_kept(model, batch, rebuilt) == expected
 
 
-def test_out_of_memory_is_survived(family, rebuilt, monkeypatch):
+def test_out_of_memory_is_survived(family, rebuilt, monkeypatch, no_products):
     """In the forward pass of the third layer, once: half as many layers keep their graphs from then on."""
     model, batch = family.build(DEPTH, 0.1, beta=0.5), family.batch()
     model.set_retention(memory_budget=10**12)
@@ -267,6 +330,111 @@ def test_callback(tmp_path, rebuilt):
     Trainer(model, args, train_dataset=rows, callbacks=[callback]).train()
     assert len(rebuilt) == 2 * (DEPTH - 1)  # in the first step alone
     assert model.config.memory_budget is None and model.base_model.retention is None
+
+
+def planned_bytes(model, batch):
+    """What each of two forward and backward passes plans to keep; the first one measures."""
+    found = []
+    for _ in range(2):
+        loss = model(**batch).loss
+        found.append(model.base_model.retention._planned)
+        loss.backward()
+    return found
+
+
+def gradient_bytes(model):
+    return sum(p.nbytes for p in model.base_model.encoder.layer.parameters() if p.requires_grad)
+
+
+def test_gradients_that_are_there_already_leave_nothing(family):
+    """Of the second step on in gradient accumulation: what is kept would come on top of the peak."""
+    model, batch = family.build(DEPTH, memory_budget="gradients"), family.batch()
+    model(**batch).loss.backward()
+    assert planned_bytes(model, batch) == [0, 0]
+    model.zero_grad()
+    assert planned_bytes(model, batch)[0] > 0
+
+
+def test_no_more_is_kept_than_gradients_take(family):
+    model = family.build(DEPTH, memory_budget="gradients")
+    planned = []
+    for size in (1, 10, 100, 1000):
+        for _ in range(2):
+            model(**resized(family.batch(), size))
+        planned.append(model.base_model.retention._planned)
+    assert planned[0] == DEPTH * model.base_model.retention._sizes[min(model.base_model.retention._sizes)].graph
+    assert 0 < planned[1] <= gradient_bytes(model) and planned[-1] == 0
+
+
+def test_frozen_parameters_and_freed_gradients_do_not_count(family):
+    model = family.build(DEPTH, memory_budget="gradients")
+    layers = model.base_model.encoder.layer
+    for parameter in layers[0].parameters():
+        parameter.requires_grad_(False)
+    for parameter in layers[1].parameters():  # as in optimizers that take the step within the backward pass
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    whole = sum(p.nbytes for p in layers.parameters())
+    assert sum(map(coming, layers.parameters())) == whole // 2
+
+
+def test_forward_passes_share_what_gradients_take(family):
+    """Forward passes before one backward pass keep no more than one may; those that ended or were dropped do not count."""
+    model, batch = family.build(DEPTH, memory_budget="gradients"), resized(family.batch(), 1)
+    model(**batch)
+    retention = model.base_model.retention
+    planned = []
+
+    def loss():
+        found = model(**batch).loss
+        planned.append(retention._planned)
+        return found
+
+    losses = [loss() for _ in range(12)]
+    assert planned[0] == DEPTH * graph_size(model) and planned[-1] == 0
+    assert sum(planned) <= gradient_bytes(model)
+    assert sum(retention._waiting.values()) == sum(planned)
+    sum(losses).backward()
+    assert not retention._waiting
+    model.zero_grad()
+    dropped = loss()
+    assert planned[-1] == planned[0] and len(retention._waiting) == 1
+    del dropped
+    assert not retention._waiting
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.5, 1 / 32])
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("engine", ["reprop", "pareprop"])
+@pytest.mark.parametrize("family_name", FAMILIES)
+def test_the_peak_does_not_move(family_name, engine, bf16, beta):
+    """By the accounting, over sizes of batch at which all layers, some, and hardly any keep something."""
+    family = FAMILIES[family_name]
+    wide = {"hidden_size": 96, "intermediate_size": 384}
+    subject = Subject.of(family.stock_model.__name__, family.stock_config(**family.config_fields(8, 0.1) | wide))
+    (way,) = reversible_contenders([beta], (engine,))
+    kept = []
+    for size in (2, 16, 64):
+        batch = resized(family.batch(), size)
+        none, free = (predict(subject, contender, batch, CPU, bf16) for contender in (way, way.within_gradients()))
+        assert free.total <= 1.01 * none.total
+        model = subject.build(way.within_gradients())
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                model(**batch)
+        kept.append(model.base_model.retention._planned)
+    assert kept[0] > 0
+
+
+def test_copies_measure_for_themselves(family):
+    """A copy of a model, or one that was pickled, keeps the budget and counts its own parameters."""
+    model = family.build(DEPTH, memory_budget="gradients")
+    loss = model(**family.batch()).loss
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        retention = twin.base_model.retention
+        assert not retention._sizes and not retention._waiting
+        assert next(iter(retention._parameters())) is next(twin.base_model.encoder.layer.parameters())
+        assert_same(step(model, family.batch(), "autograd")[1], step(twin, family.batch(), "pareprop")[1])
+    del loss
 
 
 @pytest.mark.cuda

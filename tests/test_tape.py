@@ -97,7 +97,7 @@ def test_side_bits_live_from_the_forward_to_their_step(family, engine, monkeypat
         return result
 
     def held():
-        return sum(bits.nbytes for record in tape.records.values() for step in record.sides for bits in step)
+        return sum(bits.nbytes for record in tape.records.values() for step in record.kept() for bits in step)
 
     monkeypatch.setattr(Tape, "start", noting_tape)
     monkeypatch.setattr(Record, "rebuild", noting_bytes)

@@ -33,7 +33,7 @@ class Accounting:
         parameters: weights and buffers, and the batch.
         optimizer: its state.
         gradients: of parameters.
-        states: what a reversible model keeps for rebuilding: pairs of states and side bits.
+        states: what a reversible model keeps for rebuilding: pairs of states, side bits, products.
         graphs: activations that autograd has saved: of the whole model where they are stored, of a step or two where
             they are rebuilt.
         workspace: everything else: results on their way, gradients of activations.
@@ -191,7 +191,8 @@ class _NamingTape(Tape):
     def layer(self, index: int, *args: Any, **kwargs: Any) -> Pair:
         pair = super().layer(index, *args, **kwargs)
         if index in self.records:
-            self._ledger.name("states", (*pair, *(bits for step in self.records[index].sides for bits in step)))
+            record = self.records[index]
+            self._ledger.name("states", (*pair, *(kept for step in record.kept() for kept in step)))
         return pair
 
     def rebuilt(self, index: int, pair: Pair) -> None:

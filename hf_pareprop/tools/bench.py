@@ -9,7 +9,17 @@ from transformers.initialization import no_init_weights
 
 from .checkpoint import CheckpointError, Source, reversible_class
 from .compare import Comparison, Row
-from .contenders import CHECKPOINTING, COMPILED, OFFLOADING, STOCK, Contender, Subject, reversible_contenders
+from .contenders import (
+    CHECKPOINTING,
+    COMPILED,
+    OFFLOADING,
+    STOCK,
+    WITHIN_GRADIENTS,
+    Contender,
+    Subject,
+    reversible_contenders,
+    with_free_budget,
+)
 from .inputs import random_batch, real_batches, with_targets
 from .records import MB, aligned, number, ratio, size_in_words
 
@@ -24,7 +34,7 @@ def contenders(beta: float, compiled: bool) -> list[Contender]:
     """The stock model's ways, and the reversible engines at ``beta`` and at 1, the coupling for training from scratch."""
     betas = dict.fromkeys((beta, 1.0))
     stock = [STOCK, CHECKPOINTING, OFFLOADING, *([COMPILED] if compiled else [])]
-    return [*stock, *reversible_contenders(list(betas), ("reprop", "pareprop"))]
+    return [*stock, *with_free_budget(reversible_contenders(list(betas), ("reprop", "pareprop")))]
 
 
 def subject_of(source: Source) -> Subject:
@@ -152,7 +162,10 @@ def _choice(row: Row) -> str:
     if row.contender.startswith(("reprop", "pareprop")):
         engine, beta, *kept = row.contender.split(", ")
         settings = [f"backward_engine='{engine}'", beta.replace(" ", "=")]
-        settings += [f"retained_layers={layers.split()[0]}" for layers in kept]
+        settings += [
+            "memory_budget='gradients'" if what == WITHIN_GRADIENTS else f"retained_layers={what.split()[0]}"
+            for what in kept
+        ]
         return f"Train the reversible model with {', '.join(settings)}, batch size {row.batch_size}."
     return f"Use {row.contender} of the stock model, batch size {row.batch_size}."
 

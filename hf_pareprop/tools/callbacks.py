@@ -21,14 +21,14 @@ def reversible_in(model: Any) -> ReversiblePreTrainedModel:
 
 
 class MemoryBudget(TrainerCallback):
-    """Keeps the graphs of as many layers as fit, instead of rebuilding them, while Trainer trains.
+    """Keeps as many products and graphs of layers as fit, instead of rebuilding them, while Trainer trains.
 
     The gradients are the same. Where everything fits nothing is rebuilt. The configuration, and with it every
     checkpoint, stays as it is: the budget belongs to a machine.
 
     Args:
-        budget: "auto", bytes (`int`), or a fraction (`float`) of the free memory; see `memory_budget` of the
-            configuration.
+        budget: "auto", "gradients", bytes (`int`), or a fraction (`float`) of the free memory; see `memory_budget` of
+            the configuration.
 
     Raises:
         ValueError: ``budget`` is none of these; at the start of training, if the model is not reversible.

@@ -17,6 +17,9 @@ from .convert import reversible_config, stock_twin, to_stock
 Batch = Mapping[str, Any]
 
 
+WITHIN_GRADIENTS = "budget of gradients"
+
+
 @dataclass(frozen=True)
 class Contender:
     """One way to train.
@@ -26,6 +29,7 @@ class Contender:
         engine: of the reversible model; ``None`` is the stock model.
         beta: of the reversible model.
         retained: so many of its last layers keep their graphs.
+        budget: of memory, by which its last layers keep graphs and products.
         checkpointing: activation checkpointing of every layer, as ``gradient_checkpointing=True`` does it.
         offload: saved activations wait in the host's memory (``torch.autograd.graph.save_on_cpu``).
         compiled: ``torch.compile``, for each shape anew.
@@ -35,6 +39,7 @@ class Contender:
     engine: str | None = None
     beta: float = 0.0
     retained: int = 0
+    budget: str | None = None
     checkpointing: bool = False
     offload: bool = False
     compiled: bool = False
@@ -44,13 +49,17 @@ class Contender:
         if self.engine is not None:
             model.set_backward_engine(self.engine)
             model.set_beta(self.beta)
-            model.set_retention(self.retained)
+            model.set_retention(self.retained, self.budget)
         else:
             _checkpoint(model, self.checkpointing)
 
     def retaining(self, layers: int) -> "Contender":
         """The same with the graphs of so many layers kept."""
         return replace(self, name=f"{self.name}, {layers} layers kept", retained=layers)
+
+    def within_gradients(self) -> "Contender":
+        """The same with as much kept as the gradients of parameters will take."""
+        return replace(self, name=f"{self.name}, {WITHIN_GRADIENTS}", budget="gradients")
 
     def saving(self) -> Any:
         """The context in which the forward pass runs."""
@@ -81,6 +90,13 @@ def reversible_contenders(
     betas: Sequence[float], engines: Sequence[str] = ("autograd", "reprop", "pareprop")
 ) -> tuple[Contender, ...]:
     return tuple(Contender(f"{engine}, beta {beta:g}", engine, beta) for beta in betas for engine in engines)
+
+
+def with_free_budget(ways: Sequence[Contender]) -> tuple[Contender, ...]:
+    """``ways``, and each pareprop among them once more with what it can keep for free."""
+    return tuple(
+        way for given in ways for way in ([given, given.within_gradients()] if given.engine == "pareprop" else [given])
+    )
 
 
 @dataclass(frozen=True)
@@ -148,12 +164,16 @@ class Twins:
         own = dict(self.stock.named_parameters())
         self._pairs[self.reversible] = [(own[name], twin) for name, twin in self._twins(self.stock).items()]
         self._optimizer = make_optimizer(self.stock)
+        self._retentions: dict[Contender, Any] = {}
         self._compiled: Any = None
 
     def step(self, contender: Contender, batch: Batch, bf16: bool) -> None:
         """One training step: forward, backward, optimizer, gradients freed."""
         model = self._stock_model(contender) if contender.engine is None else self.reversible
         contender.prepare(model)
+        if contender.engine is not None:  # its own, which remembers what was measured
+            base = model.base_model
+            base.retention = self._retentions.setdefault(contender, base.retention)
         try:
             forward_backward(self._callable(contender, model, batch, bf16), batch, contender, self.device, bf16)
             for own, used in self._pairs[model]:
