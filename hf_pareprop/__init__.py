@@ -25,6 +25,7 @@ from .modeling_rev_roberta import (
 from .modeling_rev_vit import RevViTForImageClassification, RevViTForMaskedImageModeling, RevViTModel
 from .tools.callbacks import MemoryBudget
 from .tools.convert import to_reversible, to_stock
+from .tools.graphs import GraphedStep
 from .tools.schedule import BetaSchedule
 from .tools.verify import verify
 from .version import __version__
@@ -47,6 +48,7 @@ for auto, model in (
 
 __all__ = [
     "BetaSchedule",
+    "GraphedStep",
     "MemoryBudget",
     "RevRobertaConfig",
     "RevRobertaForMaskedLM",

@@ -140,9 +140,10 @@ class StreamLane:
     def session(self) -> Iterator[Session]:
         caller = torch.cuda.current_stream(self._device)
         first, second = self._streams
-        for stream, other in ((first, second), (second, first)):
+        for stream in self._streams:  # first of all, so that in the capture of a CUDA graph both belong to it
             stream.wait_stream(caller)
-            stream.wait_stream(other)
+        first.wait_stream(second)
+        second.wait_stream(first)
         self.gradients = None
         try:
             yield self

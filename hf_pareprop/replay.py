@@ -2,12 +2,13 @@
 
 import ctypes
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from .capture import NoDraws, capturing, drawing_from, schedule
 from .products import Products
 
 T = TypeVar("T")
@@ -22,18 +23,20 @@ class Moment:
 
     Random numbers are replayed from the generators' states before the step, and only if the step drew some; the
     generators are left as they were found, so the global stream of random numbers is the one plain training sees.
+    In a CUDA graph, whose generators have no states to go back to, see :mod:`capture`.
 
     Args:
         device: of the step.
         keeps_products: whether results of products are kept, which are then not computed again.
     """
 
-    __slots__ = ("_autocast", "_rng", "device", "products")
+    __slots__ = ("_autocast", "_replica", "_rng", "device", "products")
 
     def __init__(self, device: torch.device, keeps_products: bool = False):
         self.device = device
         self.products = Products() if keeps_products else None
         self._rng: list[Tensor] | None = None
+        self._replica: torch.Generator | None = None
         self._autocast = [
             (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
             for kind in dict.fromkeys((device.type, "cpu"))
@@ -47,16 +50,29 @@ class Moment:
 
     def record(self, work: Callable[[], T]) -> T:
         """Run ``work`` for the first time; remember the generators' states if it drew random numbers."""
+        if capturing(self.device):
+            return self._record_into_graph(work)
         before = _rng_state(self.device)
-        with self.products.keeping() if self.products else nullcontext():
+        with self._keeping_products():
             result = self.run(work)
         drew = any(_bytes(a) != _bytes(b) for a, b in zip(before, _rng_state(self.device), strict=True))
         self._rng = before if drew else None
+        if (learning := schedule()) is not None:
+            learning.note(before[-1], drew)
         return result
+
+    def _record_into_graph(self, work: Callable[[], T]) -> T:
+        followed = schedule()
+        self._replica = followed.take() if followed else None
+        with self._keeping_products(), nullcontext() if followed else NoDraws():
+            return self.run(work)
 
     def replay(self, work: Callable[[], T]) -> T:
         """Run ``work`` again as it ran in :meth:`record`."""
         with self._in_autocast(), self.products.given() if self.products else nullcontext():
+            if self._replica is not None:
+                with drawing_from(self._replica, self.device):
+                    return work()
             if self._rng is None:
                 return work()
             found = _rng_state(self.device)
@@ -65,6 +81,9 @@ class Moment:
                 return work()
             finally:
                 _set_rng_state(self.device, found)
+
+    def _keeping_products(self) -> AbstractContextManager[None]:
+        return self.products.keeping() if self.products else nullcontext()
 
     @contextmanager
     def _in_autocast(self) -> Iterator[None]:

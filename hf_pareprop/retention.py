@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from .capture import capturing
 from .coupling import LayerPlan
 from .products import Products
 
@@ -123,7 +124,7 @@ class Retention:
         self._per_element = 0.0  # by which that shrinks for larger batches
         self._in_use = float("inf")  # bytes, when the allowance was found
         self._most = float("inf")  # bytes, since memory ran out
-        self._planned = 0.0  # bytes, in the last forward pass
+        self._kept, self._planned = Kept(), 0.0  # in the last forward pass; bytes
         self._waiting: WeakKeyDictionary[object, float] = WeakKeyDictionary()  # bytes, of other forward passes
 
     def __reduce__(self) -> Any:
@@ -140,6 +141,8 @@ class Retention:
         depth = len(plans)
         if self._budget is None or not torch.is_grad_enabled():
             return Kept(min(self._layers, depth))
+        if capturing(embeddings.device):  # into a CUDA graph, which repeats the forward pass before it
+            return self._kept
         shape = (embeddings.shape, embeddings.dtype, torch.is_autocast_enabled(embeddings.device.type))
         self._unmeasured = None if shape in self._sizes else shape
         sizes = self._sizes.get(shape) or self._expected(embeddings)
@@ -150,7 +153,7 @@ class Retention:
             kept = Kept(graphs=int(allowance > 0))
         else:
             kept = share_out(min(allowance, self._most), sizes, depth)
-        self._planned = kept.bytes(sizes)
+        self._kept, self._planned = kept, kept.bytes(sizes)
         return kept
 
     def _expected(self, embeddings: Tensor) -> Sizes:

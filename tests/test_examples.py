@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,6 +49,17 @@ def test_text_example(tmp_path):
 def test_annealing_example(tmp_path):
     run("examples/finetune_image.py", "--max_steps", 12, "--anneal_from", 0.3, "--output_dir", tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["beta"] == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_cuda_graph_example_needs_cuda():
+    assert "no CUDA device" in run("examples/cuda_graph.py", code=2).stderr
+
+
+@pytest.mark.cuda
+def test_cuda_graph_example():
+    said = run("examples/cuda_graph.py", "--steps", 60).stdout
+    assert "ordinary steps" in said and "one CUDA graph" in said
 
 
 @pytest.mark.slow

@@ -1,0 +1,225 @@
+"""Training steps in CUDA graphs; and, without CUDA, what a capture refuses and how random numbers are found again."""
+
+import pytest
+import torch
+from families import FAMILIES, assert_same, gradients, step
+
+import hf_pareprop as hp
+from hf_pareprop import capture, replay
+from hf_pareprop.capture import Schedule, draws, seed_and_offset, state_of
+from hf_pareprop.tools.graphs import check_capturable, check_like
+
+
+class FakeGenerator:
+    """A CUDA generator outside of captures: a seed and an offset, which moves on as numbers are drawn."""
+
+    def __init__(self, seed=0, offset=0):
+        self.seed, self.offset = seed, offset
+
+    def get_state(self):
+        return state_of(self.seed, self.offset)
+
+    def set_state(self, state):
+        self.seed, self.offset = seed_and_offset(state)
+
+    def clone_state(self):
+        return FakeGenerator(self.seed, self.offset)
+
+    def draw(self, increment):
+        self.offset += increment
+        return self.seed, self.offset - increment
+
+
+def forward_pass(generator, schedule=None):
+    """What is drawn by embeddings and by three steps, one of which draws nothing."""
+    drawn = [generator.draw(4)]
+    for increment in (8, 0, 12):
+        before = generator.get_state()
+        drawn.append(generator.draw(increment) if increment else None)
+        if schedule is not None:
+            schedule.note(before, bool(increment))
+    return drawn
+
+
+def test_rebuilds_draw_what_steps_drew():
+    """At every replay, after any number of them, and after another seed."""
+    generator = FakeGenerator(seed=-5, offset=40)
+    schedule = Schedule(generator)
+    with schedule.learning():
+        assert capture.schedule() is schedule
+        forward_pass(generator, schedule)
+    assert capture.schedule() is None
+    with schedule.followed(graph=object()):
+        replicas = [schedule.take() for _ in range(3)]
+    assert replicas[1] is None
+    for _ in range(3):
+        for seed in (3, 2**62, -(2**63)):
+            generator.set_state(state_of(seed, generator.offset))
+            schedule.set_out()
+            drawn = forward_pass(generator)
+            assert [replicas[0].draw(8), replicas[2].draw(12)] == [drawn[1], drawn[3]]
+
+
+def test_generators_are_registered_where_pytorch_asks_for_it():
+    class Graph:
+        registered = []
+
+        def register_generator_state(self, generator):
+            self.registered.append(generator)
+
+    generator = FakeGenerator()
+    schedule = Schedule(generator)
+    with schedule.learning():
+        forward_pass(generator, schedule)
+    with schedule.followed(Graph()):
+        assert [schedule.take() for _ in range(3)] == [Graph.registered[0], None, Graph.registered[1]]
+
+
+def test_another_number_of_steps_is_an_error():
+    generator = FakeGenerator()
+    schedule = Schedule(generator)
+    with schedule.learning():
+        forward_pass(generator, schedule)
+    with pytest.raises(RuntimeError, match="2 reversible steps were captured, and 3 ran"):
+        with schedule.followed(object()):
+            schedule.take(), schedule.take()
+    with pytest.raises(RuntimeError, match="more than 3 reversible steps are captured"):
+        with schedule.followed(object()):
+            for _ in range(4):
+                schedule.take()
+    assert capture.schedule() is None
+
+
+@pytest.mark.parametrize("where", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_capture_without_schedule_refuses_dropout(family, monkeypatch, where, attention):
+    """And nothing else: the gradients are those of the reference."""
+    monkeypatch.setattr(replay, "capturing", lambda device: True)
+    batch = family.batch()
+    model = family.build(2, beta=0.5, attn_implementation=attention)
+    assert_same(step(model, batch, "autograd")[1], step(model, batch, "pareprop")[1])
+    drops = family.model(family.config(**family.config_fields(2, 0.0) | {where: 0.1}, attn_implementation=attention))
+    with pytest.raises(RuntimeError, match=r"draws random numbers in a CUDA graph.*hf_pareprop.GraphedStep"):
+        drops.train()(**batch)
+    drops.eval()(**batch).loss.backward()
+
+
+@pytest.mark.parametrize(
+    "operator, args, kwargs, expected",
+    [
+        ("native_dropout", (None, 0.1, True), {}, True),
+        ("native_dropout", (None, 0.0, True), {}, False),
+        ("_scaled_dot_product_flash_attention", (None, None, None), {}, False),
+        ("_scaled_dot_product_flash_attention", (None, None, None, 0.1), {}, True),
+        ("_scaled_dot_product_efficient_attention", (None, None, None, None, False), {"dropout_p": 0.1}, True),
+        ("_scaled_dot_product_cudnn_attention", (None, None, None, None, False), {}, False),
+        ("rand_like", (None,), {}, True),
+        ("addmm", (None, None, None), {}, False),
+    ],
+)
+def test_operators_that_draw(operator, args, kwargs, expected):
+    assert draws(getattr(torch.ops.aten, operator).default, args, kwargs) is expected
+
+
+def test_bad_values(family):
+    model, batch = family.build(2), family.batch()
+    with pytest.raises(ValueError, match="the model is on cpu: CUDA graphs need it on a CUDA device"):
+        hp.GraphedStep(model, batch)
+    with pytest.raises(ValueError, match=r"AdamW has capturable=False.*AdamW\(..., capturable=True\)"):
+        check_capturable(torch.optim.AdamW(model.parameters()))
+    with pytest.raises(ValueError, match="SGD has no state yet"):
+        check_capturable(torch.optim.SGD(model.parameters(), momentum=0.9))
+    check_like(batch, family.batch())
+    for other in ({n: t[:2] for n, t in batch.items()}, {n: t.double() for n, t in batch.items()}, {}):
+        with pytest.raises(ValueError, match="the batch is .* but the graph was captured for"):
+            check_like(other, batch)
+
+
+def on_cuda(family, depth=3, dropout=0.0, **fields):
+    """A model, and three batches without a padding mask, at which transformers would look on the host."""
+    model = family.build(depth, dropout, **fields).cuda()
+    batch = {name: tensor.cuda() for name, tensor in family.batch().items() if name != "attention_mask"}
+    return model, [{name: tensor.roll(i, 0) for name, tensor in batch.items()} for i in range(3)]
+
+
+def assert_close(found, reference):
+    """Bit equality but where kernels add in any order: the gradients of embeddings."""
+    assert found.keys() == reference.keys()
+    for name, grad in reference.items():
+        if "embeddings" in name:
+            torch.testing.assert_close(found[name], grad, rtol=1e-5, atol=1e-6)
+        else:
+            assert torch.equal(found[name], grad), name
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("engine", ["autograd", "reprop", "pareprop"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+@pytest.mark.parametrize("beta", [1.0, 0.5, [0.5, 0, 1.0]])
+@pytest.mark.parametrize("budget", [None, "gradients"])
+def test_cuda_replays_are_ordinary_steps(family, engine, dropout, autocast, beta, budget):
+    """Loss, gradients and the generator's state, at several batches in turn, against the reference engine."""
+    model, batches = on_cuda(family, dropout=dropout, beta=beta, memory_budget=budget)
+    model.set_backward_engine(engine)
+    graphed = hp.GraphedStep(model, batches[0], autocast=autocast)
+    for seed, batch in enumerate(batches):
+        torch.manual_seed(seed)
+        loss = graphed(**batch).clone()
+        found, state = gradients(model), torch.cuda.get_rng_state()
+        model.zero_grad(set_to_none=True)
+        torch.manual_seed(seed)
+        model.set_backward_engine("autograd")
+        with torch.autocast("cuda", autocast, enabled=autocast is not None):
+            reference = model(**batch).loss
+        reference.backward()
+        assert torch.equal(loss, reference) and torch.equal(state, torch.cuda.get_rng_state())
+        assert_close(found, gradients(model))
+
+
+@pytest.mark.cuda
+def test_cuda_replays_train(family):
+    """Weights after three steps with the optimizer in the graph are those after three ordinary ones."""
+    weights = []
+    for graph in (False, True):
+        model, batches = on_cuda(family, dropout=0.1, beta=0.5)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, capturable=True, fused=True)
+        torch.manual_seed(3)
+
+        def ordinary(model=model, optimizer=optimizer, **batch):
+            optimizer.zero_grad()
+            model(**batch).loss.backward()
+            optimizer.step()
+
+        ordinary(**batches[0])
+        take = hp.GraphedStep(model, batches[0], optimizer) if graph else ordinary
+        for batch in batches:
+            take(**batch)
+        weights.append({name: p.detach().clone() for name, p in model.named_parameters()})
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.cuda
+def test_cuda_capture_by_hand(family):
+    """Without dropout a step can be captured like that of any model; with it the capture says what to do."""
+    for dropout in (0.0, 0.1):
+        model, (batch, *_) = on_cuda(family, dropout=dropout, beta=0.5)
+        reference = step(model, batch, "pareprop")[1]
+        model.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        if dropout:
+            with pytest.raises(RuntimeError, match="GraphedStep"), torch.cuda.graph(graph):
+                model(**batch)
+            continue
+        with torch.cuda.graph(graph):
+            model(**batch).loss.backward()
+        graph.replay()
+        assert_close(gradients(model), reference)
+
+
+@pytest.mark.cuda
+def test_cuda_no_loss_is_an_error():
+    model, (batch, *_) = on_cuda(FAMILIES["vit"])
+    with pytest.raises(ValueError, match="yields no loss for pixel_values: add labels"):
+        hp.GraphedStep(model, {"pixel_values": batch["pixel_values"]})
