@@ -18,11 +18,12 @@ from datasets import DatasetDict
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import hf_pareprop
-from hf_pareprop import BetaSchedule
+from hf_pareprop import BetaSchedule, MemoryBudget
 from hf_pareprop.tools.cards import training_card
 
 METHODS = ("plain", "checkpointing", "reprop", "pareprop")
 STOCK = ("plain", "checkpointing")
+BUDGETS = ("gradients", "auto", "none")
 WARM_UP_STEPS = 3
 
 
@@ -39,6 +40,13 @@ class RunArguments:
         },
     )
     compare: bool = field(default=False, metadata={"help": "run every method, each in a process of its own"})
+    memory_budget: str = field(
+        default="gradients",
+        metadata={
+            "choices": BUDGETS,
+            "help": "what pareprop keeps and need not rebuild: what takes no more memory (gradients), what fits (auto), none",
+        },
+    )
     seeds: int = field(default=1, metadata={"help": "how many seeds, counted up from --seed"})
     anneal_from: float | None = field(
         default=None,
@@ -136,6 +144,8 @@ def train(
         callbacks=[meter],
         **trainer_arguments,
     )
+    if run.method == "pareprop" and run.memory_budget != "none":
+        trainer.add_callback(MemoryBudget(run.memory_budget))
     if run.anneal_from is not None and run.method not in STOCK:
         trainer.add_callback(BetaSchedule.anneal(run.anneal_from))
     trainer.train()
