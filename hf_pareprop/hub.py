@@ -40,6 +40,8 @@ class ReversiblePreTrainedModel(PreTrainedModel):
 
     layer_plans: tuple[LayerPlan, ...]
     retention: Retention | None = None
+    logits_per_state = 0
+    """How many a base model's head computes, where they are so many that they take memory worth counting."""
 
     auto_map: ClassVar[dict[str, str]] = {}
     """From each Auto class to the family's class for it, as `module.Class`; written into every checkpoint."""
@@ -92,7 +94,7 @@ class ReversiblePreTrainedModel(PreTrainedModel):
             ValueError: one of the two is out of range, or both are given.
         """
         base: Any = self.base_model
-        base.retention = Retention(layers, memory_budget, base.encoder.layer.parameters)
+        base.retention = Retention(layers, memory_budget, base.encoder.layer.parameters, base.logits_per_state)
 
     def encode(self, embeddings: Tensor, attention_mask: Any, **kwargs: Any) -> Tensor:
         """Run the encoder with a tape of its own; where memory runs out, once more with fewer graphs kept."""

@@ -350,6 +350,7 @@ class RevRobertaForMaskedLM(RevRobertaPreTrainedModel):
     def __init__(self, config: RevRobertaConfig):
         super().__init__(config)
         self.roberta = RevRobertaModel(config, add_pooling_layer=False)
+        self.roberta.logits_per_state = config.vocab_size
         self.lm_head = RevRobertaLMHead(config)
         self.post_init()
 

@@ -106,6 +106,8 @@ class Retention:
         budget: bytes (``int``) that may be kept; a fraction (``float``) of the free memory; "auto" for 0.9 of it on CUDA
             and 0.5 on a CPU; "gradients" for the bytes of those that the backward pass will make.
         parameters: of the layers, as they are when called.
+        logits: numbers that the head computes of every state, each three times in fp32 (log-softmax, gradient), while
+            all that is kept is in memory.
     """
 
     def __init__(
@@ -113,9 +115,10 @@ class Retention:
         layers: int = 0,
         budget: str | int | float | None = None,
         parameters: Callable[[], Iterable[Tensor]] = tuple,
+        logits: int = 0,
     ):
         check_retention(layers, budget)
-        self._layers, self._budget, self._parameters = layers, budget, parameters
+        self._layers, self._budget, self._parameters, self._logits = layers, budget, parameters, logits
         self._sizes: dict[Shape, Sizes] = {}
         self._unmeasured: Shape | None = None
         self._steps = 0
@@ -129,7 +132,7 @@ class Retention:
 
     def __reduce__(self) -> Any:
         # A copy, or one in another process, measures for itself.
-        return Retention, (self._layers, self._budget, self._parameters)
+        return Retention, (self._layers, self._budget, self._parameters, self._logits)
 
     @torch.compiler.disable  # its counting would be compiled anew at every step
     def plan(self, embeddings: Tensor, plans: Sequence[LayerPlan]) -> Kept:
@@ -165,7 +168,8 @@ class Retention:
         """Bytes that may be kept; ``None`` while that is not known."""
         if self._budget == "gradients":
             side_bits = sum(plan.side_bits for plan in plans) * STEPS * embeddings.numel()
-            return sum(map(coming, self._parameters())) - side_bits / 8 - sum(self._waiting.values())
+            head = 3 * torch.float32.itemsize * self._logits * embeddings.numel() / embeddings.shape[-1]
+            return sum(map(coming, self._parameters())) - side_bits / 8 - head - sum(self._waiting.values())
         if self._allowance is None:
             self._look_around(embeddings)
         if self._allowance is None:

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+import transformers
 from families import FAMILIES, assert_same, cast, step
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import TrainingArguments
@@ -423,6 +424,19 @@ def test_the_peak_does_not_move(family_name, engine, bf16, beta):
                 model(**batch)
         kept.append(model.base_model.retention._planned)
     assert kept[0] > 0
+
+
+@pytest.mark.parametrize("size", [1, 4, 32])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_peak_does_not_move_where_the_head_makes_it(size, bf16):
+    """With a large vocabulary it lies in the logits, while all that was kept is in memory."""
+    fields = FAMILIES["roberta"].config_fields(8, 0.1) | {"hidden_size": 96, "intermediate_size": 384}
+    subject = Subject.of("RobertaForMaskedLM", transformers.RobertaConfig(**fields | {"vocab_size": 5000}))
+    batch = resized(FAMILIES["roberta"].batch(), size)
+    batch["labels"] = batch["input_ids"]
+    (way,) = reversible_contenders([0.5], ("reprop",))
+    none, free = (predict(subject, contender, batch, CPU, bf16) for contender in (way, way.within_gradients()))
+    assert free.total <= 1.01 * none.total
 
 
 def test_copies_measure_for_themselves(family):
