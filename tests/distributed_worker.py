@@ -29,11 +29,12 @@ for family in FAMILIES.values():
     batch = {k: torch.cat([v, v[:1]]) for k, v in family.batch().items()}
     half = {k: v[2 * rank : 2 * rank + 2] for k, v in batch.items()}
     for kind in ("ddp", "ddp, unused parameters", "ddp, static graph", "fsdp2"):
-        for beta in (1.0, 0.5, 0.25, [0.5, 0, 1.0, 0.5]):
+        for beta, budget in ((1.0, None), (0.5, None), (0.25, None), ([0.5, 0, 1.0, 0.5], None), (0.5, "gradients")):
             reference = family.build(4, beta=beta)
             model = copy.deepcopy(reference)
             grads = step(reference, batch, "autograd")[1]
             model.set_backward_engine("pareprop")
+            model.set_retention(memory_budget=budget)
             wrapped = wrap(model, kind)
             for _ in range(2):  # a static graph is recorded in the first step and replayed in the second
                 wrapped.zero_grad()
@@ -42,7 +43,7 @@ for family in FAMILIES.values():
             for name, parameter in model.named_parameters():
                 found = parameter.grad.full_tensor() if kind == "fsdp2" else parameter.grad
                 # The same fp32 terms, summed in another order over the two processes.
-                assert (found - grads[name]).norm() <= 2**-18 * whole, (kind, beta, name)
+                assert (found - grads[name]).norm() <= 2**-18 * whole, (kind, beta, budget, name)
             count += 1
 if rank == 0:
     print(f"{count} wrappings of 2 processes agree with one")
