@@ -178,20 +178,6 @@ class Tape:
             steps: two or more.
             inputs: tensors that steps read besides the state and may need a gradient; passed to every step.
         """
-        pair = self._apply(index, module, steps, previous, current, inputs)
-        if index == len(self.plans) - 1:
-            self.retention.watch(self, pair[1])
-        return pair
-
-    def _apply(
-        self,
-        index: int,
-        module: nn.Module,
-        steps: Sequence[Step],
-        previous: Tensor,
-        current: Tensor,
-        inputs: tuple[Tensor, ...],
-    ) -> Pair:
         plan = self.plans[index]
         if not plan.reversible:
             return _conventional(steps, current.to(self.dtype), inputs)

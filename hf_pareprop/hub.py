@@ -101,12 +101,15 @@ class ReversiblePreTrainedModel(PreTrainedModel):
         if self.retention is None:
             self.set_retention(self.config.retained_layers, self.config.memory_budget)
         encoder: Any = self.encoder
+        retention: Any = self.retention
         while True:
             tape = self.new_tape(encoder.layer, attention_mask, **kwargs)
             try:
-                return encoder(embeddings, attention_mask, tape, **kwargs)
+                hidden_states = encoder(embeddings, attention_mask, tape, **kwargs)
+                retention.watch(tape, hidden_states)
+                return hidden_states
             except torch.OutOfMemoryError:
-                if self.retention is None or not self.retention.back_off():
+                if not retention.back_off():
                     raise
             logger.warning(
                 "out of memory in the forward pass: it is repeated, and from now on fewer layers keep their graphs."

@@ -204,6 +204,7 @@ class Retention:
         self._sizes[shape] = Sizes(sum(kept.values()), sum(result.nbytes for result in products.results))
         return result
 
+    @torch.compiler.disable  # a hook that compiled code would run elsewhere
     def watch(self, forward: object, output: Tensor) -> None:
         """Until the backward pass of ``forward`` comes to ``output``, other forward passes get what it leaves."""
         if self._budget == "gradients" and self._planned and output.requires_grad:
