@@ -149,7 +149,7 @@ def recommend(rows: Sequence[Row], size: int, cap: int, overlaps: bool = True) -
         text.append(
             f"Reversible training ({best.contender}) would take {size_in_words(best.needed_bytes)} instead of "
             f"{size_in_words(fastest.needed_bytes)} and {_speed(fastest) / _speed(best):.2f} times as long, as it "
-            "computes every layer once more to rebuild its input: it pays when you need a larger batch, longer inputs or a deeper model than fits."
+            "computes layers once more to rebuild their inputs: it pays when you need a larger batch, longer inputs or a deeper model than fits."
         )
     if rebuilding and not overlaps:
         text.append("pareprop runs like reprop here: PyTorch's threads leave no core idle for the rebuilding.")
