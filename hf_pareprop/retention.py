@@ -83,9 +83,10 @@ def share_out(allowance: float, sizes: Sizes, depth: int) -> Kept:
     """
     if allowance >= depth * sizes.graph:
         return Kept(graphs=depth)
-    spare = max(0, allowance) - depth * sizes.products
+    allowance = max(0, allowance)
+    spare = allowance - depth * sizes.products
     if spare < 0:
-        return Kept(products=max(0, int(allowance // sizes.products)))
+        return Kept(products=int(allowance // sizes.products))
     graphs = int(spare // (sizes.graph - sizes.products))
     return Kept(graphs, depth - graphs if sizes.products else 0)
 
@@ -204,10 +205,14 @@ class Retention:
         self._sizes[shape] = Sizes(sum(kept.values()), sum(result.nbytes for result in products.results))
         return result
 
-    @torch.compiler.disable  # a hook that compiled code would run elsewhere
     def watch(self, forward: object, output: Tensor) -> None:
         """Until the backward pass of ``forward`` comes to ``output``, other forward passes get what it leaves."""
-        if self._budget == "gradients" and self._planned and output.requires_grad:
+        if self._budget == "gradients":
+            self._watch(forward, output)
+
+    @torch.compiler.disable  # a hook that compiled code would run elsewhere
+    def _watch(self, forward: object, output: Tensor) -> None:
+        if self._planned and output.requires_grad:
             self._waiting[forward] = self._planned
 
             def arrive(grad: Tensor) -> None:

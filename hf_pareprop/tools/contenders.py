@@ -16,8 +16,8 @@ from .convert import reversible_config, stock_twin, to_stock
 
 Batch = Mapping[str, Any]
 
-
 WITHIN_GRADIENTS = "budget of gradients"
+"""What the names of contenders with that budget end with."""
 
 
 @dataclass(frozen=True)

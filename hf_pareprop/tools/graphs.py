@@ -45,7 +45,8 @@ class GraphedStep:
             raise ValueError(f"the model is on {model.device}: CUDA graphs need it on a CUDA device.")
         if optimizer is not None:
             check_capturable(optimizer)
-        self._model, self._optimizer, self._autocast = model, optimizer, autocast
+        self._model, self._autocast = model, autocast
+        self._optimizer = optimizer  # whose state the graph writes to
         self._batch = {name: tensor.to(model.device, copy=True) for name, tensor in batch.items()}
         generator = torch.cuda.default_generators[model.device.index]
         self._schedule = Schedule(generator)
