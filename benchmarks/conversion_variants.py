@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import hf_pareprop as hp
-from hf_pareprop.engine import named_parameters_of
+from hf_pareprop.layer_call import named_parameters_of
 from hf_pareprop.modeling_rev_roberta import apply_norm
 
 
@@ -55,6 +55,6 @@ class Predicting(hp.engine.Autograd):
 def calibrate_predictors(model: nn.Module, probe: Mapping[str, Any]) -> None:
     engine = Predicting()
     base = model.base_model
-    base.new_tape = lambda *args, **kwargs: hp.engine.Tape(engine, base.layer_plans)
+    base.new_tape = lambda *args, **kwargs: hp.tape.Tape(engine, base.layer_plans)
     with torch.no_grad():
         base(**probe)

@@ -10,7 +10,7 @@ import torch
 from measure import STATUS
 from models import FAMILIES, PATCH
 
-from hf_pareprop.coupling import plan_layers
+from hf_pareprop.plan import plan_layers
 
 CPU_SIZES = {"width": 192, "heads": 4, "batch_size": 2, "length": 256, "repeats": 5}
 CUDA_SIZES = {"width": 1024, "heads": 16, "batch_size": 32, "length": 256, "repeats": 20}

@@ -19,15 +19,14 @@ import torch
 from torch import Tensor
 
 from hf_pareprop.coupling import (
-    LayerPlan,
     advance_in_passes,
     advance_undoably,
-    plan_layers,
     retreat,
     retreat_in_passes,
     round_to_grid,
     runs_fused,
 )
+from hf_pareprop.plan import LayerPlan, plan_layers
 from hf_pareprop.tools.records import cpu_model, number, ratio, save, software
 from hf_pareprop.tools.timing import milliseconds
 

@@ -21,7 +21,7 @@ from options import choose_device, positive
 from sizes import SIZES, sample, subject
 from throughput_report import plot_memory, plot_throughput, table
 
-from hf_pareprop.coupling import plan_layers
+from hf_pareprop.plan import plan_layers
 from hf_pareprop.tools.accounting import predict
 from hf_pareprop.tools.cli import DEFAULT_BETA
 from hf_pareprop.tools.compare import Comparison, resized

@@ -21,7 +21,7 @@ import torch
 from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from hf_pareprop.engine import Rebuilt, Record
+from hf_pareprop.layer_call import LayerCall, RebuiltStep
 
 REBUILD, GRADIENTS = "pareprop: rebuild", "pareprop: gradients"
 
@@ -66,7 +66,7 @@ def traced(step: Callable[[], None], device: torch.device) -> list[Event]:
 @contextmanager
 def _annotated() -> Iterator[None]:
     """Put ranges around what the engines do; not in the engines, which then would cost something untraced."""
-    places = ((Record, "rebuild", REBUILD), (Rebuilt, "gradients", GRADIENTS))
+    places = ((LayerCall, "rebuild", REBUILD), (RebuiltStep, "gradients", GRADIENTS))
     originals = [getattr(owner, name) for owner, name, _ in places]
     for (owner, name, label), original in zip(places, originals, strict=True):
         setattr(owner, name, _in_range(original, label))

@@ -5,9 +5,7 @@ from typing import Any, ClassVar
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.utils import logging
 
-from .coupling import LayerPlan, plan_layers
-from .engine import get_engine
-from .retention import check_retention
+from .plan import LayerPlan, check_engine, check_retention, plan_layers
 
 logger = logging.get_logger(__name__)
 
@@ -57,7 +55,7 @@ class ReversibleConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         self.layer_plans()
-        get_engine(self.backward_engine)
+        check_engine(self.backward_engine)
         check_retention(self.retained_layers, self.memory_budget)
         stock = (*self.stock_model_types, *self.converted_model_types)
         if self.stock_model_type is not None and self.stock_model_type not in stock:

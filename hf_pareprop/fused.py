@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from .packing import widths
 
 if TYPE_CHECKING:
-    from .coupling import LayerPlan
+    from .plan import LayerPlan
 
 DEVICES = {"cuda"}
 

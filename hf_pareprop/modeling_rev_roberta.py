@@ -22,9 +22,10 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_rev_roberta import RevRobertaConfig
-from .engine import Tape, named_parameters_of
-from .hub import HiddenState, ReversiblePreTrainedModel, requested
-from .products import Product
+from .layer_call import named_parameters_of
+from .modeling_reversible import HiddenState, ReversiblePreTrainedModel, requested
+from .saved_linear import SavedLinear
+from .tape import Tape
 
 
 class RevRobertaEmbeddings(nn.Module):
@@ -126,7 +127,7 @@ class RevRobertaOutput(nn.Module):
 
     def __init__(self, config: RevRobertaConfig, in_features: int):
         super().__init__()
-        self.dense = Product(in_features, config.hidden_size)
+        self.dense = SavedLinear(in_features, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 

@@ -18,9 +18,9 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_rev_vit import RevViTConfig
-from .engine import Tape
-from .hub import HiddenState, ReversiblePreTrainedModel, requested
-from .products import Product
+from .modeling_reversible import HiddenState, ReversiblePreTrainedModel, requested
+from .saved_linear import SavedLinear
+from .tape import Tape
 
 
 def height_and_width(size: int | Iterable[int]) -> tuple[int, int]:
@@ -151,7 +151,7 @@ class RevViTDense(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, then: nn.Module):
         super().__init__()
-        self.dense = Product(in_features, out_features)
+        self.dense = SavedLinear(in_features, out_features)
         self.then = then
 
     def forward(self, hidden_states: Tensor) -> Tensor:

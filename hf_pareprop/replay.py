@@ -8,13 +8,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .capture import NoDraws, capturing, drawing_from, schedule
-from .products import Products
+from .cuda_rng import NoDraws, capturing, drawing_from, schedule
+from .saved_linear import SavedLinears
 
 T = TypeVar("T")
 
 
-class Moment:
+class StepContext:
     """The ambient state in which a step ran in the forward pass, so that it can be recomputed bit for bit.
 
     Autocast is re-entered with its settings of the forward pass, always without its weight cache: the forward pass
@@ -23,7 +23,7 @@ class Moment:
 
     Random numbers are replayed from the generators' states before the step, and only if the step drew some; the
     generators are left as they were found, so the global stream of random numbers is the one plain training sees.
-    In a CUDA graph, whose generators have no states to go back to, see :mod:`capture`.
+    In a CUDA graph, whose generators have no states to go back to, see :mod:`cuda_rng`.
 
     Args:
         device: of the step.
@@ -34,7 +34,7 @@ class Moment:
 
     def __init__(self, device: torch.device, keeps_products: bool = False):
         self.device = device
-        self.products = Products() if keeps_products else None
+        self.products = SavedLinears() if keeps_products else None
         self._rng: list[Tensor] | None = None
         self._replica: torch.Generator | None = None
         self._autocast = [

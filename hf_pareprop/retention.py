@@ -4,20 +4,17 @@ Rebuilding a layer costs another forward of it, so it is done for as few layers 
 begins with the last layers: what they keep is the first to be freed, before the gradients of all parameters exist.
 """
 
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
-from .capture import capturing
-from .coupling import LayerPlan
-from .products import Products
+from .cuda_rng import capturing
+from .memory_probe import coming, counting_saved, free_memory, in_use
+from .plan import LayerPlan, check_retention
+from .saved_linear import SavedLinears
 
 T = TypeVar("T")
 Shape = tuple[torch.Size, torch.dtype, bool]
@@ -32,32 +29,6 @@ WARM_UPS = 2
 STEPS = 2
 """Of a layer."""
 
-MEMINFO = Path("/proc/meminfo")
-
-
-def check_retention(layers: int, budget: str | int | float | None) -> None:
-    """
-    Raises:
-        ValueError: one of the two is out of range, or both are given.
-    """
-    if not isinstance(layers, int) or isinstance(layers, bool) or layers < 0:
-        raise ValueError(f"retained_layers={layers!r} is not a number of layers: give 0 or more.")
-    if budget is None:
-        return
-    if layers:
-        raise ValueError(
-            f"retained_layers={layers} and memory_budget={budget!r} exclude each other: give one of them."
-        )
-    if isinstance(budget, (int, float)) and not isinstance(budget, bool):
-        sound = budget >= 0 if isinstance(budget, int) else 0 <= budget <= 1
-    else:
-        sound = budget in ("auto", "gradients")
-    if not sound:
-        raise ValueError(
-            f"memory_budget={budget!r} is not None, 'auto', 'gradients', a whole number of bytes, or a fraction of the free "
-            "memory from 0.0 to 1.0."
-        )
-
 
 class Sizes(NamedTuple):
     """Bytes that a layer keeps: with its graph, or with its products alone."""
@@ -66,7 +37,7 @@ class Sizes(NamedTuple):
     products: float = 0.0
 
 
-class Kept(NamedTuple):
+class RetentionPlan(NamedTuple):
     """So many of the last layers keep their graphs, and so many below those the results of products."""
 
     graphs: int = 0
@@ -76,19 +47,19 @@ class Kept(NamedTuple):
         return self.graphs * sizes.graph + self.products * sizes.products
 
 
-def share_out(allowance: float, sizes: Sizes, depth: int) -> Kept:
+def share_out(allowance: float, sizes: Sizes, depth: int) -> RetentionPlan:
     """What of ``depth`` layers to keep within ``allowance`` bytes.
 
-    Products first: for their size they save several times as much time as whole graphs do.
+    SavedLinears first: for their size they save several times as much time as whole graphs do.
     """
     if allowance >= depth * sizes.graph:
-        return Kept(graphs=depth)
+        return RetentionPlan(graphs=depth)
     allowance = max(0, allowance)
     spare = allowance - depth * sizes.products
     if spare < 0:
-        return Kept(products=int(allowance // sizes.products))
+        return RetentionPlan(products=int(allowance // sizes.products))
     graphs = int(spare // (sizes.graph - sizes.products))
-    return Kept(graphs, depth - graphs if sizes.products else 0)
+    return RetentionPlan(graphs, depth - graphs if sizes.products else 0)
 
 
 class Retention:
@@ -128,7 +99,7 @@ class Retention:
         self._per_element = 0.0  # by which that shrinks for larger batches
         self._in_use = float("inf")  # bytes, when the allowance was found
         self._most = float("inf")  # bytes, since memory ran out
-        self._kept, self._planned = Kept(), 0.0  # in the last forward pass; bytes
+        self._kept, self._planned = RetentionPlan(), 0.0  # in the last forward pass; bytes
         self._waiting: WeakKeyDictionary[object, float] = WeakKeyDictionary()  # bytes, of other forward passes
 
     def __reduce__(self) -> Any:
@@ -136,7 +107,7 @@ class Retention:
         return Retention, (self._layers, self._budget, self._parameters, self._logits)
 
     @torch.compiler.disable  # its counting would be compiled anew at every step
-    def plan(self, embeddings: Tensor, plans: Sequence[LayerPlan]) -> Kept:
+    def plan(self, embeddings: Tensor, plans: Sequence[LayerPlan]) -> RetentionPlan:
         """What to keep in the forward pass that begins with ``embeddings``.
 
         Raises:
@@ -144,7 +115,7 @@ class Retention:
         """
         depth = len(plans)
         if self._budget is None or not torch.is_grad_enabled():
-            return Kept(min(self._layers, depth))
+            return RetentionPlan(min(self._layers, depth))
         if capturing(embeddings.device):  # into a CUDA graph, which repeats the forward pass before it
             return self._kept
         shape = (embeddings.shape, embeddings.dtype, torch.is_autocast_enabled(embeddings.device.type))
@@ -152,9 +123,9 @@ class Retention:
         sizes = self._sizes.get(shape) or self._expected(embeddings)
         allowance = self._allowed(embeddings, plans)
         if allowance is None:
-            kept = Kept(graphs=1)
+            kept = RetentionPlan(graphs=1)
         elif not sizes.graph:
-            kept = Kept(graphs=int(allowance > 0))
+            kept = RetentionPlan(graphs=int(allowance > 0))
         else:
             kept = share_out(min(allowance, self._most), sizes, depth)
         self._kept, self._planned = kept, kept.bytes(sizes)
@@ -199,7 +170,7 @@ class Retention:
         if self._unmeasured is None:
             return work()
         shape, self._unmeasured = self._unmeasured, None
-        products = Products()
+        products = SavedLinears()
         with counting_saved(parameters) as kept, products.keeping():
             result = work()
         self._sizes[shape] = Sizes(sum(kept.values()), sum(result.nbytes for result in products.results))
@@ -230,52 +201,3 @@ class Retention:
             return False
         self._most, self._planned = self._planned / 2, 0.0
         return True
-
-
-def coming(parameter: Tensor) -> int:
-    """Bytes of the gradient that the backward pass will make of ``parameter`` and leave in memory."""
-    if not parameter.requires_grad or parameter.grad is not None or parameter._post_accumulate_grad_hooks:
-        return 0  # such hooks are there to use a gradient and free it
-    local = getattr(parameter, "_local_tensor", parameter)  # of a DTensor, the shard
-    return local.numel() * local.element_size()
-
-
-@contextmanager
-def counting_saved(parameters: tuple[Tensor, ...]) -> Iterator[dict[int, int]]:
-    """The bytes of every storage that autograd saves, by an address; those of ``parameters`` are there anyway."""
-    known = {parameter.untyped_storage()._cdata for parameter in parameters}
-    found: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in known:
-            found[storage._cdata] = storage.nbytes()
-        return tensor.detach()  # not itself: a node that saves its own result would keep itself alive
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield found
-
-
-def in_use(device: torch.device) -> int:
-    """Bytes of tensors, as far as that is counted."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-
-
-def free_memory(device: torch.device) -> tuple[int, int]:
-    """Bytes that were free at the highest peak so far, and bytes of that peak that are not in use now.
-
-    Raises:
-        ValueError: not known of this device.
-    """
-    if device.type == "cuda":
-        total = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-        share = torch.cuda.get_per_process_memory_fraction(device)
-        limit = min(total, int(share * torch.cuda.get_device_properties(device).total_memory))
-        peak = torch.cuda.max_memory_allocated(device)
-        return max(0, limit - peak), peak - in_use(device)
-    if device.type != "cpu":
-        raise ValueError(f"how much memory of {device} is free is not known: give memory_budget as a number of bytes.")
-    if MEMINFO.exists():
-        line = next(line for line in MEMINFO.read_text().splitlines() if line.startswith("MemAvailable"))
-        return int(line.split()[1]) * 1024, 0
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), 0

@@ -4,8 +4,8 @@ import pytest
 import torch
 from families import FAMILIES
 
-from hf_pareprop.engine import Tape
 from hf_pareprop.lanes import side_lane
+from hf_pareprop.tape import Tape
 from hf_pareprop.tools.accounting import Ahead, predict
 from hf_pareprop.tools.compare import Comparison, largest, resized
 from hf_pareprop.tools.contenders import (

@@ -4,17 +4,16 @@ import pytest
 import torch
 
 from hf_pareprop.coupling import (
-    LayerPlan,
     advance,
     advance_undoably,
     enter,
-    fuse,
+    merge_pair,
     phi,
-    plan_layers,
     retreat,
     round_to_grid,
 )
 from hf_pareprop.packing import pack, unpack, widths
+from hf_pareprop.plan import LayerPlan, plan_layers
 
 
 def test_round_to_grid_is_straight_through():
@@ -90,8 +89,8 @@ def test_phi_and_fuse():
     assert phi(r, f, 1.0).item() == 3.0
     assert phi(r, f, 0.5).item() == 4.0
     assert phi(r.bfloat16(), f.bfloat16(), 0.5).dtype == torch.float32
-    assert fuse(torch.tensor([1.0]), torch.tensor([4.0]), 0.5).item() == 3.0
-    assert fuse(torch.tensor([1.0]), torch.tensor([4.0]), 0.0).item() == 4.0
+    assert merge_pair(torch.tensor([1.0]), torch.tensor([4.0]), 0.5).item() == 3.0
+    assert merge_pair(torch.tensor([1.0]), torch.tensor([4.0]), 0.0).item() == 4.0
 
 
 @pytest.mark.parametrize("beta", [0, 1, 1.0, 0.5, 2**-10, [1, 0, 0.5]])

@@ -1,4 +1,4 @@
-"""Rebuilt states against the originals, at depth, with bf16 compute: where other reversible implementations drift."""
+"""RebuiltStep states against the originals, at depth, with bf16 compute: where other reversible implementations drift."""
 
 import pytest
 import torch

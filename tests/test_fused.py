@@ -11,7 +11,8 @@ from families import assert_same, step
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_pareprop import coupling
-from hf_pareprop.coupling import enter, plan_layers
+from hf_pareprop.coupling import enter
+from hf_pareprop.plan import plan_layers
 
 fused = pytest.importorskip("hf_pareprop.fused")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -5,8 +5,8 @@ import torch
 from families import FAMILIES, assert_same, assert_same_on_cuda, gradients, step
 
 import hf_pareprop as hp
-from hf_pareprop import capture, replay
-from hf_pareprop.capture import Schedule, draws, seed_and_offset, state_of
+from hf_pareprop import cuda_rng, replay
+from hf_pareprop.cuda_rng import Schedule, draws, seed_and_offset, state_of
 from hf_pareprop.tools.graphs import check_capturable, check_like
 
 
@@ -46,9 +46,9 @@ def test_rebuilds_draw_what_steps_drew():
     generator = FakeGenerator(seed=-5, offset=40)
     schedule = Schedule(generator)
     with schedule.learning():
-        assert capture.schedule() is schedule
+        assert cuda_rng.schedule() is schedule
         forward_pass(generator, schedule)
-    assert capture.schedule() is None
+    assert cuda_rng.schedule() is None
     with schedule.followed(graph=object()):
         replicas = [schedule.take() for _ in range(3)]
     assert replicas[1] is None
@@ -84,7 +84,7 @@ def test_another_number_of_steps_is_an_error():
         _ = [schedule.take() for _ in range(2)]
     with pytest.raises(RuntimeError, match="more than 3 reversible steps are"), schedule.followed(object()):
         _ = [schedule.take() for _ in range(4)]
-    assert capture.schedule() is None
+    assert cuda_rng.schedule() is None
 
 
 @pytest.mark.parametrize("where", ["hidden_dropout_prob", "attention_probs_dropout_prob"])

@@ -11,7 +11,8 @@ import torch
 from families import FAMILIES, assert_same, assert_same_on_cuda, step
 
 from hf_pareprop import lanes
-from hf_pareprop.engine import PaReprop, Rebuilt, Record
+from hf_pareprop.engine import PaReprop
+from hf_pareprop.layer_call import LayerCall, RebuiltStep
 
 CPU = torch.device("cpu")
 
@@ -65,7 +66,7 @@ def test_an_exception_reaches_whoever_asks():
 def test_the_next_step_is_rebuilt_while_gradients_are_computed(monkeypatch):
     """The schedule of the paper: rebuilding step i-1 begins before the gradients of step i, one step ahead, no more."""
     events = []
-    gradients = Rebuilt.gradients
+    gradients = RebuiltStep.gradients
 
     class RecordingSession:
         def __init__(self, session):
@@ -83,7 +84,9 @@ def test_the_next_step_is_rebuilt_while_gradients_are_computed(monkeypatch):
 
     lane = RecordingLane()
     monkeypatch.setattr(PaReprop, "lane", staticmethod(lambda device: lane))
-    monkeypatch.setattr(Rebuilt, "gradients", lambda self, grad: events.append("gradients") or gradients(self, grad))
+    monkeypatch.setattr(
+        RebuiltStep, "gradients", lambda self, grad: events.append("gradients") or gradients(self, grad)
+    )
     family = FAMILIES["vit"]
     step(family.build(2, beta=0.5), family.batch(), "pareprop")
     g = "gradients"
@@ -186,7 +189,7 @@ def test_cuda_memory_is_flat_in_depth(family):
 
 def test_graphs_alive_at_a_time(family, lane, monkeypatch):
     """One step's with `reprop`, two with `pareprop` where it overlaps: counted from a rebuild's start to its graph's end."""
-    alive, highest, rebuild = [0], [0], Record.rebuild
+    alive, highest, rebuild = [0], [0], LayerCall.rebuild
 
     def counting(self, *args):
         alive[0] += 1
@@ -195,7 +198,7 @@ def test_graphs_alive_at_a_time(family, lane, monkeypatch):
         weakref.finalize(rebuilt, lambda: alive.__setitem__(0, alive[0] - 1))
         return rebuilt
 
-    monkeypatch.setattr(Record, "rebuild", counting)
+    monkeypatch.setattr(LayerCall, "rebuild", counting)
     model = family.build(5, 0.1, beta=0.5)
     for engine, most in (("reprop", 1), ("pareprop", 2 if lane == "thread" else 1)):
         highest[0] = 0

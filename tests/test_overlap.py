@@ -7,7 +7,7 @@ import torch
 from families import FAMILIES
 from tracing import GRADIENTS, REBUILD, Span, busy, hidden_share, host_synchronisations, length, spans_of, traced
 
-from hf_pareprop.engine import Rebuilt, Record
+from hf_pareprop.layer_call import LayerCall, RebuiltStep
 from hf_pareprop.tools.compare import resized
 
 
@@ -109,8 +109,8 @@ def slowed(function):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_worker_thread_hides_rebuilding(family, lane, monkeypatch):
-    monkeypatch.setattr(Record, "rebuild", slowed(Record.rebuild))
-    monkeypatch.setattr(Rebuilt, "gradients", slowed(Rebuilt.gradients))
+    monkeypatch.setattr(LayerCall, "rebuild", slowed(LayerCall.rebuild))
+    monkeypatch.setattr(RebuiltStep, "gradients", slowed(RebuiltStep.gradients))
     device = torch.device("cpu")
     spans = {e: spans_of(traced(forward_of(family, e, device)().backward, device)) for e in ("reprop", "pareprop")}
     for own in spans.values():

@@ -11,10 +11,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import TrainingArguments
 
 import hf_pareprop as hp
-from hf_pareprop import retention
-from hf_pareprop.engine import Record
-from hf_pareprop.products import Products
-from hf_pareprop.retention import Kept, Retention, Sizes, coming, counting_saved, share_out
+from hf_pareprop import memory_probe, retention
+from hf_pareprop.layer_call import LayerCall
+from hf_pareprop.memory_probe import coming, counting_saved
+from hf_pareprop.retention import Retention, RetentionPlan, Sizes, share_out
+from hf_pareprop.saved_linear import SavedLinears
 from hf_pareprop.tools.accounting import predict
 from hf_pareprop.tools.compare import resized
 from hf_pareprop.tools.contenders import Subject, reversible_contenders
@@ -27,13 +28,13 @@ CPU = torch.device("cpu")
 def rebuilt(monkeypatch):
     """The layers rebuilt since this list was last cleared, by what their records say."""
     found = []
-    original = Record.rebuild
+    original = LayerCall.rebuild
 
     def noting(self, index, *args):
         found.append((self.module.layer_idx, index))
         return original(self, index, *args)
 
-    monkeypatch.setattr(Record, "rebuild", noting)
+    monkeypatch.setattr(LayerCall, "rebuild", noting)
     return found
 
 
@@ -140,7 +141,7 @@ def layers_kept(model, batch, rebuilt):
 @pytest.fixture
 def no_products(monkeypatch):
     """Graphs alone are kept, as in a model that has no products."""
-    monkeypatch.setattr(Products, "results", [])
+    monkeypatch.setattr(SavedLinears, "results", [])
 
 
 def test_bytes(family, rebuilt, no_products):
@@ -172,7 +173,7 @@ def test_bytes(family, rebuilt, no_products):
 )
 def test_sharing_out(allowance, kept):
     assert share_out(allowance, Sizes(graph=100, products=10), 4) == kept
-    assert Kept(*kept).bytes(Sizes(100, 10)) <= max(0, allowance)
+    assert RetentionPlan(*kept).bytes(Sizes(100, 10)) <= max(0, allowance)
 
 
 @pytest.mark.parametrize("allowance, kept", [(-1, 0), (0, 0), (99, 0), (100, 1), (399, 3), (400, 4), (500, 4)])
@@ -251,7 +252,7 @@ def test_out_of_memory_is_survived(family, rebuilt, monkeypatch, no_products):
     model, batch = family.build(DEPTH, 0.1, beta=0.5), family.batch()
     model.set_retention(memory_budget=10**12)
     layers_kept(model, batch, rebuilt)
-    original, failures = Record.run, []
+    original, failures = LayerCall.run, []
 
     def fails_once(self, previous, current, undoable=False):
         if self.module.layer_idx == 2 and not undoable and not failures:
@@ -259,7 +260,7 @@ def test_out_of_memory_is_survived(family, rebuilt, monkeypatch, no_products):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(self, previous, current, undoable)
 
-    monkeypatch.setattr(Record, "run", fails_once)
+    monkeypatch.setattr(LayerCall, "run", fails_once)
     assert [layers_kept(model, batch, rebuilt) for _ in range(2)] == [2, 2]
     assert failures
 
@@ -270,7 +271,7 @@ def test_out_of_memory_with_nothing_kept_is_an_error(family, monkeypatch):
     def fails(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(Record, "run", fails)
+    monkeypatch.setattr(LayerCall, "run", fails)
     for memory_budget in (None, 0, "auto"):
         model.set_retention(memory_budget=memory_budget)
         with pytest.raises(torch.OutOfMemoryError):
@@ -304,10 +305,10 @@ def test_bad_values(fields, message):
 
 
 def test_free_memory_of_this_machine():
-    free, transient = retention.free_memory(CPU)
+    free, transient = memory_probe.free_memory(CPU)
     assert 2**20 < free < 2**50 and transient == 0
     with pytest.raises(ValueError, match="give memory_budget as a number of bytes"):
-        retention.free_memory(torch.device("mps"))
+        memory_probe.free_memory(torch.device("mps"))
 
 
 def test_it_travels_with_the_configuration_and_not_into_the_stock_one(tmp_path):

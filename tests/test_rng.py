@@ -5,7 +5,7 @@ import torch
 from families import FAMILIES, assert_same, step
 from transformers import set_seed
 
-from hf_pareprop.replay import Moment
+from hf_pareprop.replay import StepContext
 
 ENGINES = ["reprop", "pareprop"]
 
@@ -47,21 +47,21 @@ def test_successive_steps_draw_different_masks(family):
 
 
 def test_states_are_kept_only_if_random_numbers_were_drawn():
-    moment = Moment(torch.device("cpu"))
-    moment.record(lambda: torch.ones(3).mul(2))
-    assert moment._rng is None
-    drawn = moment.record(lambda: torch.rand(3))
+    context = StepContext(torch.device("cpu"))
+    context.record(lambda: torch.ones(3).mul(2))
+    assert context._rng is None
+    drawn = context.record(lambda: torch.rand(3))
     found = torch.get_rng_state()
-    assert torch.equal(moment.replay(lambda: torch.rand(3)), drawn)
+    assert torch.equal(context.replay(lambda: torch.rand(3)), drawn)
     assert torch.equal(found, torch.get_rng_state())
 
 
 def test_the_state_is_restored_when_the_replay_raises():
-    moment = Moment(torch.device("cpu"))
-    moment.record(lambda: torch.rand(3))
+    context = StepContext(torch.device("cpu"))
+    context.record(lambda: torch.rand(3))
     found = torch.get_rng_state()
     with pytest.raises(ZeroDivisionError):
-        moment.replay(lambda: torch.rand(3) / (1 // 0))
+        context.replay(lambda: torch.rand(3) / (1 // 0))
     assert torch.equal(found, torch.get_rng_state())
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from families import FAMILIES, assert_same, gradients, step
 
-import hf_pareprop.engine
-from hf_pareprop.engine import Record, Tape, named_parameters_of
+from hf_pareprop.layer_call import LayerCall, named_parameters_of
+from hf_pareprop.tape import Tape
 
 ENGINES = ["reprop", "pareprop"]
 
@@ -85,7 +85,7 @@ def test_backward_twice_through_a_retained_graph(family, engine):
 def test_side_bits_live_from_the_forward_to_their_step(family, engine, monkeypatch):
     """4 bits per element and step at beta = 1/16, freed as steps are undone: unless the graph is retained."""
     tapes, kept = [], []
-    start, rebuild = Tape.start, Record.rebuild
+    start, rebuild = Tape.start, LayerCall.rebuild
 
     def noting_tape(self, embeddings):
         tapes.append((self, embeddings.numel() // 2))
@@ -100,7 +100,7 @@ def test_side_bits_live_from_the_forward_to_their_step(family, engine, monkeypat
         return sum(bits.nbytes for record in tape.records.values() for step in record.kept() for bits in step)
 
     monkeypatch.setattr(Tape, "start", noting_tape)
-    monkeypatch.setattr(Record, "rebuild", noting_bytes)
+    monkeypatch.setattr(LayerCall, "rebuild", noting_bytes)
     model, batch = family.build(3, beta=1 / 16), family.batch()
     (loss,) = losses_in(model, engine, batch)
     ((tape, size),) = tapes
@@ -146,9 +146,9 @@ def test_frozen_parameters(family, engine, parts):
 def test_a_frozen_prefix_is_not_rebuilt(family, engine, monkeypatch):
     model, batch = frozen(family.build(4, beta=0.5), "embeddings", ".layer.0.", ".layer.1."), family.batch()
     rebuilt = []
-    rebuild = hf_pareprop.engine.Record.rebuild
+    rebuild = LayerCall.rebuild
     monkeypatch.setattr(
-        hf_pareprop.engine.Record,
+        LayerCall,
         "rebuild",
         lambda self, index, *args: rebuilt.append((self.module.layer_idx, index)) or rebuild(self, index, *args),
     )

@@ -20,8 +20,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from ..engine import Pair, PaReprop, Tape
+from ..engine import PaReprop
 from ..lanes import InlineLane, Job
+from ..layer_call import Pair
+from ..tape import Tape
 from .contenders import Batch, Contender, Subject, forward_backward, make_optimizer
 
 

@@ -10,7 +10,6 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..hub import ReversiblePreTrainedModel
 from ..modeling_rev_roberta import (
     RevRobertaForMaskedLM,
     RevRobertaForMultipleChoice,
@@ -20,6 +19,7 @@ from ..modeling_rev_roberta import (
     RevRobertaModel,
 )
 from ..modeling_rev_vit import RevViTForImageClassification, RevViTForMaskedImageModeling, RevViTModel
+from ..modeling_reversible import ReversiblePreTrainedModel
 
 Renames = tuple[tuple[str, str], ...]
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ..coupling import SIGNIFICAND_BITS, LayerPlan
+from ..plan import SIGNIFICAND_BITS, LayerPlan
 
 
 def bit_budget(plans: Sequence[LayerPlan]) -> list[str]:

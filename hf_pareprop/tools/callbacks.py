@@ -4,8 +4,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ..hub import ReversiblePreTrainedModel
-from ..retention import check_retention
+from ..modeling_reversible import ReversiblePreTrainedModel
+from ..plan import check_retention
 
 
 def reversible_in(model: Any) -> ReversiblePreTrainedModel:

@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import TrainingArguments
 
-from ..hub import ReversiblePreTrainedModel
+from ..modeling_reversible import ReversiblePreTrainedModel
 from ..version import __version__
 
 TEMPLATE = Path(__file__).with_name("card_template.md")

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
-from ..hub import ReversiblePreTrainedModel
+from ..modeling_reversible import ReversiblePreTrainedModel
 from .architectures import architecture_of
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.*", "*.bpe.model", "spiece.model")

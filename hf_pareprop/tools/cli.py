@@ -11,8 +11,8 @@ import typer
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..hub import ReversiblePreTrainedModel
 from ..lanes import side_lane
+from ..modeling_reversible import ReversiblePreTrainedModel
 from .architectures import architecture_of
 from .bench import (
     batch_for,

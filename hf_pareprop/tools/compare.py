@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..lanes import side_lane
-from ..retention import free_memory
+from ..memory_probe import free_memory
 from .accounting import Accounting, predict
 from .contenders import STOCK, Batch, Contender, Subject, Twins
 from .memory import peak_bytes

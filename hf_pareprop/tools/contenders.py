@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..hub import ReversiblePreTrainedModel
+from ..modeling_reversible import ReversiblePreTrainedModel
 from .architectures import architecture_of
 from .convert import reversible_config, stock_twin, to_stock
 

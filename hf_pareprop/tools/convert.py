@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..configuration_reversible import ReversibleConfig
-from ..hub import ReversiblePreTrainedModel
+from ..modeling_reversible import ReversiblePreTrainedModel
 from .architectures import ARCHITECTURES, Architecture, architecture_of
 
 Model = TypeVar("Model", bound=PreTrainedModel)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..capture import Schedule
+from ..cuda_rng import Schedule
 
 WARM_UPS = 3
 """Ordinary passes before the capture, in which libraries choose kernels and budgets of memory are found."""

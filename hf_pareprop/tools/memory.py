@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ..hub import ReversiblePreTrainedModel
+from ..modeling_reversible import ReversiblePreTrainedModel
 
 Step = Callable[[], None]
 

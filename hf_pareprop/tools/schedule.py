@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ..coupling import betas_per_layer
+from ..plan import betas_per_layer
 from .callbacks import reversible_in
 
 HALVINGS = (1 / 4, 1 / 8, 1 / 16, 1 / 32, 0.0)

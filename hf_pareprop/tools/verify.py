@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..coupling import enter, limit_of
-from ..engine import Pair, Tape, get_engine
-from ..hub import ReversiblePreTrainedModel
+from ..coupling import enter
+from ..engine import get_engine
+from ..layer_call import Pair
+from ..modeling_reversible import ReversiblePreTrainedModel
+from ..plan import limit_of
+from ..tape import Tape
 
 
 @dataclass

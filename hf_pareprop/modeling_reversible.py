@@ -12,9 +12,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import logging
 
-from .coupling import LayerPlan, plan_layers
-from .engine import Tape, get_engine
+from .engine import get_engine
+from .plan import LayerPlan, plan_layers
 from .retention import Retention
+from .tape import Tape
 
 logger = logging.get_logger(__name__)
 

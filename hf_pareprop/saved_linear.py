@@ -17,11 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 _thread = threading.local()
 
-Role = Callable[["Product", Callable[[Tensor], Tensor], Tensor], Tensor]
+Role = Callable[["SavedLinear", Callable[[Tensor], Tensor], Tensor], Tensor]
 """What a product does in place of its own computation, which it gets with its input."""
 
 
-class Product(nn.Linear):
+class SavedLinear(nn.Linear):
     """A linear layer whose result is kept where a step is told to, if it has fewer features than the input."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ class Product(nn.Linear):
         return role(self, super().forward, input)
 
 
-class Products:
+class SavedLinears:
     """The results of the products in one run of a step, for later runs on the same input."""
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class Products:
     def keeping(self) -> Iterator[None]:
         """Keep what products yield."""
 
-        def keep(layer: Product, compute: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
+        def keep(layer: SavedLinear, compute: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
             result = compute(input)
             self._results.append((result.detach(), result._version))
             return result
@@ -62,7 +62,7 @@ class Products:
         """
         results = iter(self._results)
 
-        def give(layer: Product, compute: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
+        def give(layer: SavedLinear, compute: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
             result, version = next(results)
             if result._version != version:
                 raise RuntimeError(

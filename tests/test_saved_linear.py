@@ -1,12 +1,12 @@
-"""Products that a rebuild takes from the forward pass: the same gradients, and the product is not computed again."""
+"""SavedLinears that a rebuild takes from the forward pass: the same gradients, and the product is not computed again."""
 
 import pytest
 import torch
 from families import assert_same, assert_same_on_cuda, cast, step
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_pareprop.products import Product, Products
-from hf_pareprop.retention import Kept, Retention
+from hf_pareprop.retention import Retention, RetentionPlan
+from hf_pareprop.saved_linear import SavedLinear, SavedLinears
 
 DEPTH = 4
 
@@ -16,7 +16,7 @@ def keep(monkeypatch):
     """Has every forward pass keep so many layers' graphs, and the products of so many layers below."""
 
     def choose(graphs, products):
-        monkeypatch.setattr(Retention, "plan", lambda self, embeddings, plans: Kept(graphs, products))
+        monkeypatch.setattr(Retention, "plan", lambda self, embeddings, plans: RetentionPlan(graphs, products))
 
     return choose
 
@@ -100,10 +100,10 @@ def test_low_rank_adapters_of_the_kept_product(family, keep):
 
 def run_twice(layer, x):
     """The results and gradients of a layer and of its replay, and the counts of operators in the replay's forward."""
-    products, found = Products(), []
+    products, found = SavedLinears(), []
     with torch.no_grad(), products.keeping():
         layer(x)
-    for role in (Products().keeping, products.given):
+    for role in (SavedLinears().keeping, products.given):
         x = x.detach().requires_grad_(True)
         with Counting() as counting, role():
             result = layer(x)
@@ -115,7 +115,7 @@ def run_twice(layer, x):
 @pytest.mark.parametrize("shape", [(6,), (5, 6), (2, 5, 6), (2, 3, 5, 6)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_of_any_shape(shape, bias):
-    products, counting = run_twice(Product(6, 4, bias=bias), torch.randn(shape))
+    products, counting = run_twice(SavedLinear(6, 4, bias=bias), torch.randn(shape))
     assert [result.shape for result in products.results] == [(*shape[:-1], 4)]
     if len(shape) > 1:
         assert counting[torch.ops.aten.addmm.default] + counting[torch.ops.aten.mm.default] == 0
@@ -123,25 +123,25 @@ def test_of_any_shape(shape, bias):
 
 def test_computed_again_where_pytorch_takes_another_operator():
     """A batch that is not contiguous: a product, and the bias added to it, which must not be added twice."""
-    run_twice(Product(6, 4), torch.randn(5, 2, 6).transpose(0, 1))
-    run_twice(Product(6, 4, bias=False), torch.randn(5, 2, 6).transpose(0, 1))
+    run_twice(SavedLinear(6, 4), torch.randn(5, 2, 6).transpose(0, 1))
+    run_twice(SavedLinear(6, 4, bias=False), torch.randn(5, 2, 6).transpose(0, 1))
 
 
 def test_kept_only_where_it_narrows_and_where_a_step_keeps_products():
-    products = Products()
+    products = SavedLinears()
     with products.keeping():
-        Product(6, 6)(torch.randn(5, 6))
-        Product(6, 12)(torch.randn(5, 6))
+        SavedLinear(6, 6)(torch.randn(5, 6))
+        SavedLinear(6, 12)(torch.randn(5, 6))
         torch.nn.Linear(6, 4)(torch.randn(5, 6))
-    Product(6, 4)(torch.randn(5, 6))
+    SavedLinear(6, 4)(torch.randn(5, 6))
     assert not products.results
 
 
 def test_a_result_that_was_modified_is_noticed():
-    layer, products, x = Product(6, 4), Products(), torch.randn(5, 6)
+    layer, products, x = SavedLinear(6, 4), SavedLinears(), torch.randn(5, 6)
     with torch.no_grad(), products.keeping():
         layer(x).add_(1)
-    with pytest.raises(RuntimeError, match=r"Product\(in_features=6.*was modified in place"), products.given():
+    with pytest.raises(RuntimeError, match=r"SavedLinear\(in_features=6.*was modified in place"), products.given():
         layer(x)
 
 

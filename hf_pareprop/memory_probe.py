@@ -1,0 +1,61 @@
+"""How much memory there is, is in use, and will be: what a budget of retention is measured with."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+MEMINFO = Path("/proc/meminfo")
+
+
+def coming(parameter: Tensor) -> int:
+    """Bytes of the gradient that the backward pass will make of ``parameter`` and leave in memory."""
+    if not parameter.requires_grad or parameter.grad is not None or parameter._post_accumulate_grad_hooks:
+        return 0  # such hooks are there to use a gradient and free it
+    local = getattr(parameter, "_local_tensor", parameter)  # of a DTensor, the shard
+    return local.numel() * local.element_size()
+
+
+@contextmanager
+def counting_saved(parameters: tuple[Tensor, ...]) -> Iterator[dict[int, int]]:
+    """The bytes of every storage that autograd saves, by an address; those of ``parameters`` are there anyway."""
+    known = {parameter.untyped_storage()._cdata for parameter in parameters}
+    found: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            found[storage._cdata] = storage.nbytes()
+        return tensor.detach()  # not itself: a node that saves its own result would keep itself alive
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield found
+
+
+def in_use(device: torch.device) -> int:
+    """Bytes of tensors, as far as that is counted."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def free_memory(device: torch.device) -> tuple[int, int]:
+    """Bytes that were free at the highest peak so far, and bytes of that peak that are not in use now.
+
+    Raises:
+        ValueError: not known of this device.
+    """
+    if device.type == "cuda":
+        total = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        share = torch.cuda.get_per_process_memory_fraction(device)
+        limit = min(total, int(share * torch.cuda.get_device_properties(device).total_memory))
+        peak = torch.cuda.max_memory_allocated(device)
+        return max(0, limit - peak), peak - in_use(device)
+    if device.type != "cpu":
+        raise ValueError(f"how much memory of {device} is free is not known: give memory_budget as a number of bytes.")
+    if MEMINFO.exists():
+        line = next(line for line in MEMINFO.read_text().splitlines() if line.startswith("MemAvailable"))
+        return int(line.split()[1]) * 1024, 0
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), 0
