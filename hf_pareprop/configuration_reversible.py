@@ -5,9 +5,15 @@ from typing import Any, ClassVar
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.utils import logging
 
-from .plan import LayerPlan, check_engine, check_retention, plan_layers
+from .plan import CONVERTED_BETA, DEFAULT_GRID_BITS, LayerPlan, check_engine, parse_budget, plan_layers
 
 logger = logging.get_logger(__name__)
+
+REMOVED = {
+    "anchor_every": "states are exact at any depth, so anchors are not needed",
+    "retained_layers": "say it as memory_budget, for example memory_budget='4 layers'",
+}
+"""Fields of earlier versions, and what to do without them."""
 
 
 class ReversibleConfig(PreTrainedConfig):
@@ -16,34 +22,36 @@ class ReversibleConfig(PreTrainedConfig):
     Args:
         beta (`float` or `list[float]`, defaults to 1.0):
             Coupling of the layers, one number or one per layer: 1 is RevNet coupling, for training from scratch;
-            0.5, 0.25, … stay close to the stock checkpoint that was converted (0.5 is the default when one is loaded);
-            0 is a conventional layer, which stores its activations.
+            0.5, 0.25, … stay closer and closer to the stock checkpoint that was converted (1/32 is the default when one
+            is loaded); 0 is a conventional layer, which stores its activations.
         backward_engine (`str`, defaults to `"pareprop"`):
             `"autograd"`, `"reprop"` or `"pareprop"`; the gradients are the same.
-        grid_bits (`int` or `None`, defaults to 12):
-            Bits after the binary point of the states, so that they are rebuilt bit for bit. `None` turns that off:
-            rebuilt states drift, gradients become approximate.
-        anchor_every (`int` or `None`, defaults to `None`):
-            Store a pair of states after every so many layers; `None` stores none, unless the absence of a grid asks for it.
-        retained_layers (`int`, defaults to 0):
-            So many of the last layers keep their graphs from the forward pass and are not rebuilt: faster, more memory.
-        memory_budget (`"gradients"`, `"auto"`, `int`, `float` or `None`, defaults to `None`):
-            Keep what fits, which then need not be rebuilt: the results of the products that end an MLP, then the graphs of
-            layers. Into the bytes that the gradients of the layers' parameters take later in the step, so that the peak
-            stays where it is (`"gradients"`: nothing but with the first of accumulated gradients); into so many bytes;
-            into a fraction of the free memory, or nearly all of it (`"auto"`). Measured in the first steps, and for
-            every shape of batch.
+        grid_bits (`int` or `None`, defaults to 16):
+            States are whole numbers of `2**-grid_bits`, so that they are rebuilt bit for bit. They have to stay below
+            `2**(30 - grid_bits)`, 16384 by default; beyond it the outputs become NaN. 1 to 22. `None` leaves states floats,
+            which only the `autograd` engine can train.
+        memory_budget (`str` or `None`, defaults to `None`):
+            What to keep from the forward pass instead of rebuilding it: first the results of the linear layers that end MLPs,
+            then the graphs of layers, from the last one on. `None` keeps nothing. `"gradients"` keeps what is free: as many
+            bytes as the gradients of the layers' parameters take later in the step, so that the peak stays where it is
+            (nothing but with the first of accumulated gradients). `"4GB"` keeps so much, `"80%"` that part of the free
+            memory, `"auto"` nearly all of it, `"4 layers"` the graphs of the last four layers. Measured in the first
+            steps, and for every shape of batch.
         stock_model_type (`str` or `None`, defaults to `None`):
             Model type of the stock checkpoint that the weights came from, which exporting returns to; `None` is the
             family's own.
+
+    Raises:
+        ValueError: a field is out of range.
+
+    Example:
+        >>> RevViTConfig(num_hidden_layers=24, beta=1 / 32, memory_budget="gradients")
     """
 
     beta: float | int | list[float] = 1.0
     backward_engine: str = "pareprop"
-    grid_bits: int | None = 12
-    anchor_every: int | None = None
-    retained_layers: int = 0
-    memory_budget: str | int | float | None = None
+    grid_bits: int | None = DEFAULT_GRID_BITS
+    memory_budget: str | None = None
     stock_model_type: str | None = None
 
     stock_model_types: ClassVar[tuple[str, ...]] = ()
@@ -53,26 +61,49 @@ class ReversibleConfig(PreTrainedConfig):
     """Model types whose checkpoints have to be converted first: their tensors have other names or shapes."""
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for name, instead in REMOVED.items():
+            if kwargs.get(name):
+                raise ValueError(f"{name}={kwargs[name]!r}: there is no such field any more; {instead}.")
         super().__post_init__(**kwargs)
+        self.check_reversible()
+
+    def check_reversible(self) -> None:
+        """
+        Raises:
+            ValueError: a field of this class is out of range.
+        """
         self.layer_plans()
         check_engine(self.backward_engine)
-        check_retention(self.retained_layers, self.memory_budget)
+        parse_budget(self.memory_budget)
         stock = (*self.stock_model_types, *self.converted_model_types)
         if self.stock_model_type is not None and self.stock_model_type not in stock:
             raise ValueError(f"stock_model_type={self.stock_model_type!r} is not None or one of {', '.join(stock)}.")
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As in transformers; what `kwargs` change is checked, too.
+
+        Raises:
+            ValueError: a field is out of range.
+        """
+        for name, instead in REMOVED.items():
+            if kwargs.get(name):
+                raise ValueError(f"{name}={kwargs[name]!r}: there is no such field any more; {instead}.")
+        found = super().from_dict(config_dict, **kwargs)
+        (found[0] if isinstance(found, tuple) else found).check_reversible()
+        return found
 
     def layer_plans(self) -> tuple[LayerPlan, ...]:
         """How each layer is coupled.
 
         Raises:
-            ValueError: `beta`, `grid_bits` or `anchor_every` is out of range, or states without a grid would drift
-                beyond use.
+            ValueError: `beta` or `grid_bits` is out of range.
         """
-        return plan_layers(self.beta, self.num_hidden_layers, self.grid_bits, self.anchor_every)
+        return plan_layers(self.beta, self.num_hidden_layers, self.grid_bits)
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-        """As in transformers; the configuration of a stock checkpoint becomes this family's, at beta = 1/2.
+        """As in transformers; the configuration of a stock checkpoint becomes this family's, at beta = 1/32.
 
         Raises:
             ValueError: the checkpoint is of another architecture.
@@ -93,15 +124,15 @@ class ReversibleConfig(PreTrainedConfig):
             )
         if "beta" not in kwargs:
             logger.warning_once(
-                f"{pretrained_model_name_or_path} is a stock checkpoint and becomes reversible at beta=0.5, which changes "
-                "what it computes. For fine-tuning beta=0.03125 keeps more of what it knows: give beta to choose."
+                f"{pretrained_model_name_or_path} is a stock checkpoint and becomes reversible at beta={CONVERTED_BETA:g}, "
+                "which changes a little what it computes: give beta to choose."
             )
         # Through the stock class, because a configuration file may leave out fields that are at its defaults.
         return cls.from_stock_dict({**CONFIG_MAPPING[found].from_dict(config_dict).to_dict(), **config_dict}), kwargs
 
     @classmethod
     def from_stock_dict(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
-        """The dictionary of a stock configuration as one of this family, `beta` defaulting to 1/2."""
+        """The dictionary of a stock configuration as one of this family, `beta` defaulting to 1/32."""
         found = config_dict["model_type"]
         origin = {} if found == cls.stock_model_types[0] else {"stock_model_type": found}
-        return {"beta": 0.5, **origin, **config_dict, "model_type": cls.model_type}
+        return {"beta": CONVERTED_BETA, **origin, **config_dict, "model_type": cls.model_type}

@@ -7,16 +7,17 @@ step that draws gets a generator of its own for its rebuild, and before each rep
 step from where the global generator is.
 """
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-_thread = threading.local()
+from .torch_private import DispatchMode
+
+_schedule: ContextVar["Schedule | None"] = ContextVar("schedule", default=None)
 
 
 def capturing(device: torch.device) -> bool:
@@ -25,8 +26,8 @@ def capturing(device: torch.device) -> bool:
 
 
 def schedule() -> "Schedule | None":
-    """The one that this thread learns or follows."""
-    return getattr(_thread, "schedule", None)
+    """The one that is learned or followed in this context."""
+    return _schedule.get()
 
 
 class Schedule:
@@ -34,7 +35,12 @@ class Schedule:
 
     Args:
         generator: the global one of the device: ``torch.cuda.default_generators[index]``.
+
+    Attributes:
+        kept: what the ordinary forward pass kept instead of having it rebuilt, and so the captured one.
     """
+
+    kept: Any = None
 
     def __init__(self, generator: torch.Generator):
         self._generator = generator
@@ -94,11 +100,11 @@ class Schedule:
 
     @contextmanager
     def _current(self) -> Iterator[None]:
-        _thread.schedule = self
+        token = _schedule.set(self)
         try:
             yield
         finally:
-            _thread.schedule = None
+            _schedule.reset(token)
 
 
 def seed_and_offset(state: Tensor) -> tuple[int, int]:
@@ -124,7 +130,7 @@ def drawing_from(generator: torch.Generator, device: torch.device) -> Iterator[N
         default.graphsafe_set_state(found)
 
 
-class NoDraws(TorchDispatchMode):
+class NoDraws(DispatchMode):
     """Refuses operators that draw random numbers: captured without a schedule they would be rebuilt with other ones."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from .packing import widths
+from .torch_private import is_fake
 
 if TYPE_CHECKING:
     from .plan import LayerPlan
@@ -42,14 +42,21 @@ def fits(value: Tensor, state: Tensor, plan: "LayerPlan") -> bool:
     )
 
 
-def advance(value: Tensor, previous: Tensor, plan: "LayerPlan", keep: bool = False) -> tuple[Tensor, list[Tensor]]:
-    """``s[i+1]`` from ``Phi_i(s[i])`` and ``s[i-1]``, of any one shape; and, to ``keep``, the packed side bits."""
+def advance(
+    value: Tensor, previous: Tensor, plan: "LayerPlan", keep: bool = False
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """``s[i+1]`` from ``Phi_i(s[i])`` and ``s[i-1]``, of any one shape.
+
+    Returns:
+        The state; to ``keep``, the packed side bits of ``s[i-1]``; and the peak of ``Phi`` and of the state.
+    """
     following = torch.empty_like(previous)
+    peak = previous.new_zeros((), dtype=torch.float32)
     sides = {
         w: previous.new_empty(previous.numel() * w // 8, dtype=torch.uint8) for w in widths(plan.side_bits) if keep
     }
-    _launch(_advance, value, previous, following, plan, sides, KEEP=keep)
-    return following, list(sides.values())
+    _launch(_advance, value, previous, following, plan, sides, peak=peak.view(torch.int32), KEEP=keep)
+    return following, list(sides.values()), peak
 
 
 def retreat(value: Tensor, following: Tensor, plan: "LayerPlan", sides: Sequence[Tensor]) -> Tensor:
@@ -66,10 +73,10 @@ def _launch(
     result: Tensor,
     plan: "LayerPlan",
     sides: dict[int, Tensor],
-    **flags: bool,
+    **others: Tensor | bool,
 ) -> None:
     columns = value.numel() // ROWS
-    if columns == 0 or isinstance(value, FakeTensor):  # nothing to compute, or nothing to compute it from
+    if columns == 0 or is_fake(value):  # nothing to compute, or nothing to compute it from
         return
     buffers = (sides.get(width, result) for width in WIDTHS)  # a pointer that is not used where there are no bits
     with torch.cuda.device_of(value):
@@ -78,8 +85,11 @@ def _launch(
             GRID_BITS=plan.grid_bits,
             SIDE_BITS=plan.side_bits,
             BLOCK=BLOCK,
-            **flags,
+            **others,
         )
+
+
+# Sums of states wrap around; told so, Triton leaves out the check for overflow that it makes where it is debugged.
 
 
 @triton.jit
@@ -91,6 +101,7 @@ def _advance(
     twos,
     ones,
     columns,
+    peak,
     GRID_BITS: tl.constexpr,
     SIDE_BITS: tl.constexpr,
     KEEP: tl.constexpr,
@@ -98,15 +109,19 @@ def _advance(
 ):
     column, inside = _columns(columns, BLOCK)
     at = _rows(8) * columns + column
-    units = tl.load(previous + at, inside) * 2.0**GRID_BITS
+    # Zeros beyond the end, which no peak rises by.
+    scaled = tl.load(value + at, inside, other=0.0) * 2.0**GRID_BITS
+    units = tl.load(previous + at, inside, other=0)
     if SIDE_BITS & 4:
         units = _shift_out(units, fours, 4, column, columns, inside, KEEP)
     if SIDE_BITS & 2:
         units = _shift_out(units, twos, 2, column, columns, inside, KEEP)
     if SIDE_BITS & 1:
         units = _shift_out(units, ones, 1, column, columns, inside, KEEP)
-    units += _rounded(tl.load(value + at, inside) * 2.0**GRID_BITS)
-    tl.store(following + at, units * 2.0**-GRID_BITS, inside)
+    units = tl.add(units, _rounded(scaled), sanitize_overflow=False)
+    tl.store(following + at, units, inside)
+    highest = tl.max(tl.maximum(_magnitude(scaled), _magnitude(units)))
+    tl.atomic_max(peak, highest, sem="relaxed")
 
 
 @triton.jit
@@ -124,15 +139,15 @@ def _retreat(
 ):
     column, inside = _columns(columns, BLOCK)
     at = _rows(8) * columns + column
-    units = tl.load(following + at, inside) * 2.0**GRID_BITS
-    units -= _rounded(tl.load(value + at, inside) * 2.0**GRID_BITS)
+    scaled = tl.load(value + at, inside, other=0.0) * 2.0**GRID_BITS
+    units = tl.sub(tl.load(following + at, inside, other=0), _rounded(scaled), sanitize_overflow=False)
     if SIDE_BITS & 1:
         units = _shift_in(units, ones, 1, column, columns, inside)
     if SIDE_BITS & 2:
         units = _shift_in(units, twos, 2, column, columns, inside)
     if SIDE_BITS & 4:
         units = _shift_in(units, fours, 4, column, columns, inside)
-    tl.store(previous + at, units * 2.0**-GRID_BITS, inside)
+    tl.store(previous + at, units, inside)
 
 
 @triton.jit
@@ -148,22 +163,28 @@ def _rows(ROWS: tl.constexpr):
 
 @triton.jit
 def _rounded(x):
-    """To a whole number, half to even."""
+    """To an int32, half to even; 0 for what has no place in one, whose conversion would be undefined."""
     floor = tl.floor(x)
     above = x - floor
     odd = floor != 2 * tl.floor(floor * 0.5)
-    return floor + tl.where((above > 0.5) | ((above == 0.5) & odd), 1.0, 0.0)
+    whole = floor + tl.where((above > 0.5) | ((above == 0.5) & odd), 1.0, 0.0)
+    return tl.where(tl.abs(whole) < 2.0**31, whole, 0.0).to(tl.int32)
+
+
+@triton.jit
+def _magnitude(x):
+    """The bits of ``|x|`` in fp32: as whole numbers they are in the order of magnitudes, and NaN is above all."""
+    return x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
 def _shift_out(units, sides, WIDTH: tl.constexpr, column, columns, inside, KEEP: tl.constexpr):
     """Cut the last WIDTH bits off ``units``; if ``KEEP``, store them, 8 / WIDTH elements to a byte."""
-    kept = tl.floor(units * 2.0**-WIDTH)
     if KEEP:
-        bits = (units - kept * 2.0**WIDTH).to(tl.int32) << _places(WIDTH)
+        bits = (units & (2**WIDTH - 1)) << _places(WIDTH)
         packed = tl.sum(tl.reshape(bits, (8 // WIDTH, WIDTH, bits.shape[1])), axis=0)
         tl.store(sides + _rows(WIDTH) * columns + column, packed.to(tl.uint8), inside)
-    return kept
+    return units >> WIDTH
 
 
 @triton.jit
@@ -172,7 +193,7 @@ def _shift_in(units, sides, WIDTH: tl.constexpr, column, columns, inside):
     packed = tl.load(sides + _rows(WIDTH) * columns + column, inside).to(tl.int32)
     rows = tl.broadcast_to(packed[None, :, :], (8 // WIDTH, WIDTH, packed.shape[1]))
     bits = (tl.reshape(rows, (8, packed.shape[1])) >> _places(WIDTH)) & (2**WIDTH - 1)
-    return units * 2.0**WIDTH + bits.to(units.dtype)
+    return (units << WIDTH) | bits
 
 
 @triton.jit

@@ -9,27 +9,28 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from .torch_private import gradient_is_consumed, local_part, storage_key
+
 MEMINFO = Path("/proc/meminfo")
 
 
 def coming(parameter: Tensor) -> int:
     """Bytes of the gradient that the backward pass will make of ``parameter`` and leave in memory."""
-    if not parameter.requires_grad or parameter.grad is not None or parameter._post_accumulate_grad_hooks:
-        return 0  # such hooks are there to use a gradient and free it
-    local = getattr(parameter, "_local_tensor", parameter)  # of a DTensor, the shard
+    if not parameter.requires_grad or parameter.grad is not None or gradient_is_consumed(parameter):
+        return 0
+    local = local_part(parameter)
     return local.numel() * local.element_size()
 
 
 @contextmanager
 def counting_saved(parameters: tuple[Tensor, ...]) -> Iterator[dict[int, int]]:
     """The bytes of every storage that autograd saves, by an address; those of ``parameters`` are there anyway."""
-    known = {parameter.untyped_storage()._cdata for parameter in parameters}
+    known = set(map(storage_key, parameters))
     found: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in known:
-            found[storage._cdata] = storage.nbytes()
+        if (key := storage_key(tensor)) not in known:
+            found[key] = tensor.untyped_storage().nbytes()
         return tensor.detach()  # not itself: a node that saves its own result would keep itself alive
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -8,7 +8,6 @@ from torch.func import functional_call
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPoolingAndCrossAttentions,
     MaskedLMOutput,
@@ -24,7 +23,6 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_rev_roberta import RevRobertaConfig
 from .layer_call import named_parameters_of
 from .modeling_reversible import HiddenState, ReversiblePreTrainedModel, requested
-from .saved_linear import SavedLinear
 from .tape import Tape
 
 
@@ -127,7 +125,7 @@ class RevRobertaOutput(nn.Module):
 
     def __init__(self, config: RevRobertaConfig, in_features: int):
         super().__init__()
-        self.dense = SavedLinear(in_features, config.hidden_size)
+        self.dense = nn.Linear(in_features, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
@@ -157,44 +155,40 @@ class RevRobertaIntermediate(nn.Module):
         return self.intermediate_act_fn(self.dense(hidden_states))
 
 
-class RevRobertaLayer(GradientCheckpointingLayer):
+class RevRobertaLayer(nn.Module):
     """An attention step and an MLP step. Post-LN: the LayerNorm that ends a step is applied by the step that reads it.
 
-    The norm that ends this layer is therefore used by the next one. Its parameters travel there as tensors, because
-    under FSDP2 a layer's own parameters are gone once the layer has run.
+    So a layer returns the hidden state before its last LayerNorm, which the next layer applies. The norm's parameters travel
+    there as tensors, because under FSDP2 a layer's own parameters are gone once the layer has run.
     """
 
-    def __init__(self, config: RevRobertaConfig, layer_idx: int):
+    gradient_checkpointing = False
+    """Set by transformers; a conventional layer honours it, a reversible one stores no activations in the first place."""
+
+    def __init__(self, config: RevRobertaConfig):
         super().__init__()
-        self.layer_idx = layer_idx
         self.chunk_size = config.chunk_size_feed_forward
         self.attention = RevRobertaAttention(config)
         self.intermediate = RevRobertaIntermediate(config)
         self.output = RevRobertaOutput(config, config.intermediate_size)
 
-    def forward(
-        self,
-        previous: Tensor,
-        current: Tensor,
-        *norm: Tensor,
-        norm_module: nn.Module | None = None,
-        attention_mask: Tensor | None = None,
-        tape: Tape,
-        **kwargs,
-    ) -> tuple[Tensor, ...]:
-        """From the pair of states and the parameters of `norm_module`, the next pair and those of this layer's norm."""
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, tape: Tape, **kwargs) -> Tensor:
+        """From one hidden state to the next, `(batch, length, width)`; `tape` carries what travels beside it."""
+        norm_module, norm = tape.norm
         dtype = tape.dtype
 
-        def attention_step(state: Tensor, *norm: Tensor) -> tuple[Tensor, Tensor]:
+        def attention_step(state: Tensor, mask: Tensor | None, *norm: Tensor) -> tuple[Tensor, Tensor]:
             hidden_states = apply_norm(norm_module, norm, state.to(dtype))
-            return hidden_states, self.attention(hidden_states, attention_mask, **kwargs)
+            return hidden_states, self.attention(hidden_states, mask, **kwargs)
 
-        def mlp_step(state: Tensor, *norm: Tensor) -> tuple[Tensor, Tensor]:
+        def mlp_step(state: Tensor, mask: Tensor | None, *norm: Tensor) -> tuple[Tensor, Tensor]:
             hidden_states = self.attention.output.LayerNorm(state.to(dtype))
             return hidden_states, self.feed_forward(hidden_states)
 
-        previous, current = tape.layer(self.layer_idx, self, (attention_step, mlp_step), previous, current, norm)
-        return previous, current, *(p.clone() for p in named_parameters_of(self.output.LayerNorm).values())
+        hidden_states = tape.layer(self, (attention_step, mlp_step), hidden_states, (attention_mask, *norm))
+        own = self.output.LayerNorm
+        tape.norm = own, tuple(p.clone() for p in named_parameters_of(own).values())
+        return hidden_states
 
     def feed_forward(self, hidden_states: Tensor) -> Tensor:
         if self.chunk_size == 0:
@@ -214,30 +208,18 @@ class RevRobertaEncoder(nn.Module):
     def __init__(self, config: RevRobertaConfig):
         super().__init__()
         self.config = config
-        self.layer = nn.ModuleList(RevRobertaLayer(config, layer_idx=i) for i in range(config.num_hidden_layers))
+        self.layer = nn.ModuleList(RevRobertaLayer(config) for _ in range(config.num_hidden_layers))
         self.hidden_state = HiddenState()
 
     def forward(self, embeddings: Tensor, attention_mask: Tensor | None, tape: Tape, **kwargs) -> Tensor:
         reads_each_layer = requested("output_hidden_states", self.config, kwargs)
-        hidden_states = embeddings
-        previous, current = tape.start(embeddings)
-        norm_module, norm = None, ()
+        output, hidden_states = embeddings, tape.start(embeddings)
         for i, layer in enumerate(self.layer):
-            previous, current, *norm = layer(
-                previous,
-                current,
-                *norm,
-                norm_module=norm_module,
-                attention_mask=attention_mask,
-                tape=tape,
-                **kwargs,
-            )
-            norm_module = layer.output.LayerNorm
+            hidden_states = layer(hidden_states, attention_mask, tape=tape, **kwargs)
             if reads_each_layer or i == len(self.layer) - 1:
-                before = hidden_states
-                hidden_states = apply_norm(norm_module, norm, tape.finish(previous, current, after=i))
-                self.hidden_state(before, hidden_states)
-        return hidden_states
+                before, output = output, apply_norm(*tape.norm, tape.finish(hidden_states))
+                self.hidden_state(before, output)
+        return output
 
 
 class RevRobertaPooler(nn.Module):
@@ -278,7 +260,6 @@ class RevRobertaModel(RevRobertaPreTrainedModel):
 
     def __init__(self, config: RevRobertaConfig, add_pooling_layer: bool = True):
         super().__init__(config)
-        self.layer_plans = config.layer_plans()
         self.embeddings = RevRobertaEmbeddings(config)
         self.encoder = RevRobertaEncoder(config)
         self.pooler = RevRobertaPooler(config) if add_pooling_layer else None

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
     ImageClassifierOutput,
@@ -19,7 +18,6 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_rev_vit import RevViTConfig
 from .modeling_reversible import HiddenState, ReversiblePreTrainedModel, requested
-from .saved_linear import SavedLinear
 from .tape import Tape
 
 
@@ -151,7 +149,7 @@ class RevViTDense(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, then: nn.Module):
         super().__init__()
-        self.dense = SavedLinear(in_features, out_features)
+        self.dense = nn.Linear(in_features, out_features)
         self.then = then
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -168,36 +166,31 @@ class RevViTAttention(nn.Module):
         return self.output(self.attention(hidden_states, attention_mask, **kwargs)[0])
 
 
-class RevViTLayer(GradientCheckpointingLayer):
+class RevViTLayer(nn.Module):
     """An attention step and an MLP step. Pre-LN: the residual is the state itself."""
 
-    def __init__(self, config: RevViTConfig, layer_idx: int):
+    gradient_checkpointing = False
+    """Set by transformers; a conventional layer honours it, a reversible one stores no activations in the first place."""
+
+    def __init__(self, config: RevViTConfig):
         super().__init__()
-        self.layer_idx = layer_idx
         self.attention = RevViTAttention(config)
         self.intermediate = RevViTDense(config.hidden_size, config.intermediate_size, activation(config.hidden_act))
         self.output = RevViTDense(config.intermediate_size, config.hidden_size, nn.Dropout(config.hidden_dropout_prob))
         self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(
-        self,
-        previous: Tensor,
-        current: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        tape: Tape,
-        **kwargs,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, tape: Tape, **kwargs) -> Tensor:
+        """From one hidden state to the next, `(batch, patches, width)`; `tape` carries what travels beside it."""
         dtype = tape.dtype
 
-        def attention_step(state: Tensor) -> tuple[Tensor, Tensor]:
-            return state, self.attention(self.layernorm_before(state.to(dtype)), attention_mask, **kwargs)
+        def attention_step(state: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+            return state, self.attention(self.layernorm_before(state.to(dtype)), mask, **kwargs)
 
-        def mlp_step(state: Tensor) -> tuple[Tensor, Tensor]:
+        def mlp_step(state: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
             return state, self.output(self.intermediate(self.layernorm_after(state.to(dtype))))
 
-        return tape.layer(self.layer_idx, self, (attention_step, mlp_step), previous, current)
+        return tape.layer(self, (attention_step, mlp_step), hidden_states, (attention_mask,))
 
 
 def activation(name_or_module) -> nn.Module:
@@ -208,19 +201,18 @@ class RevViTEncoder(nn.Module):
     def __init__(self, config: RevViTConfig):
         super().__init__()
         self.config = config
-        self.layer = nn.ModuleList(RevViTLayer(config, layer_idx=i) for i in range(config.num_hidden_layers))
+        self.layer = nn.ModuleList(RevViTLayer(config) for _ in range(config.num_hidden_layers))
         self.hidden_state = HiddenState()
 
     def forward(self, embeddings: Tensor, attention_mask: Tensor | None, tape: Tape, **kwargs) -> Tensor:
         reads_each_layer = requested("output_hidden_states", self.config, kwargs)
-        hidden_states = embeddings
-        previous, current = tape.start(embeddings)
+        output, hidden_states = embeddings, tape.start(embeddings)
         for i, layer in enumerate(self.layer):
-            previous, current = layer(previous, current, attention_mask, tape=tape, **kwargs)
+            hidden_states = layer(hidden_states, attention_mask, tape=tape, **kwargs)
             if reads_each_layer or i == len(self.layer) - 1:
-                before, hidden_states = hidden_states, tape.finish(previous, current, after=i)
-                self.hidden_state(before, hidden_states)
-        return hidden_states
+                before, output = output, tape.finish(hidden_states)
+                self.hidden_state(before, output)
+        return output
 
 
 class RevViTPooler(nn.Module):
@@ -264,7 +256,6 @@ class RevViTModel(RevViTPreTrainedModel):
 
     def __init__(self, config: RevViTConfig, add_pooling_layer: bool = True, use_mask_token: bool = False):
         super().__init__(config)
-        self.layer_plans = config.layer_plans()
         self.embeddings = RevViTEmbeddings(config, use_mask_token=use_mask_token)
         self.encoder = RevViTEncoder(config)
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)

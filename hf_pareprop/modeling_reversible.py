@@ -13,7 +13,8 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import logging
 
 from .engine import get_engine
-from .plan import LayerPlan, plan_layers
+from .findings import Findings
+from .plan import LayerPlan, check_engine, plan_layers
 from .retention import Retention
 from .tape import Tape
 
@@ -36,10 +37,9 @@ class HiddenState(nn.Module):
 class ReversiblePreTrainedModel(PreTrainedModel):
     """Base of the reversible families.
 
-    A family defines `auto_map`, and its encoder drives its layers with the tape of :meth:`new_tape`.
+    A family defines `auto_map`, and its encoder has its layers in `layer`, a ModuleList, and runs them with a tape.
     """
 
-    layer_plans: tuple[LayerPlan, ...]
     retention: Retention | None = None
     logits_per_state = 0
     """How many a base model's head computes, where they are so many that they take memory worth counting."""
@@ -60,7 +60,19 @@ class ReversiblePreTrainedModel(PreTrainedModel):
                 f"{type(self).__name__} got a {type(config).__name__}, which has no beta: use {self.config_class.__name__}, "
                 "or hf_pareprop.to_reversible(model) to convert a stock model."
             )
+        config.check_reversible()
         super().__init__(config, *inputs, **kwargs)
+        self._findings = Findings()
+
+    @property
+    def layer_plans(self) -> tuple[LayerPlan, ...]:
+        """How each layer is coupled, of those that the encoder has now.
+
+        Raises:
+            ValueError: the list `beta` has another number of entries than the encoder has layers.
+        """
+        base: Any = self.base_model
+        return plan_layers(self.config.beta, len(base.encoder.layer), self.config.grid_bits)
 
     def set_backward_engine(self, name: str) -> None:
         """Choose how gradients are computed from the next forward pass on: autograd, reprop or pareprop.
@@ -70,47 +82,52 @@ class ReversiblePreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: the engine is unknown.
         """
-        get_engine(name)
+        check_engine(name)
         self.config.backward_engine = name
 
     def set_beta(self, beta: float | Sequence[float]) -> None:
         """Change the coupling, one number or one per layer, from the next forward pass on. The weights stay.
 
         Raises:
-            ValueError: `beta` is out of range, or too small for the `anchor_every` of a model without a grid.
+            ValueError: `beta` is out of range.
         """
-        config: Any = self.config
         base: Any = self.base_model
-        plans = plan_layers(beta, config.num_hidden_layers, config.grid_bits, config.anchor_every)
-        config.beta = beta if isinstance(beta, (int, float)) else list(beta)
-        base.layer_plans = plans
+        plan_layers(beta, len(base.encoder.layer), self.config.grid_bits)
+        self.config.beta = beta if isinstance(beta, (int, float)) else list(beta)
 
-    def set_retention(self, layers: int = 0, memory_budget: str | int | float | None = None) -> None:
-        """Choose how many of the last layers keep their graphs, or a budget for what is kept, from the next forward pass on.
+    def set_memory_budget(self, budget: str | None) -> None:
+        """Choose what is kept instead of being rebuilt, from the next forward pass on. The gradients are the same.
 
-        The gradients are the same. See `retained_layers` and `memory_budget` of the configuration, which stays as it
-        is: it travels, and memory is a machine's.
+        The configuration stays as it is: it travels, and memory is a machine's.
+
+        Args:
+            budget: as `memory_budget` of the configuration.
 
         Raises:
-            ValueError: one of the two is out of range, or both are given.
+            ValueError: it is not a budget.
+
+        Example:
+            >>> model.set_memory_budget("4GB")
         """
         base: Any = self.base_model
-        base.retention = Retention(layers, memory_budget, base.encoder.layer.parameters, base.logits_per_state)
+        base.retention = Retention(budget, base.encoder.layer.parameters, base.logits_per_state)
 
     def encode(self, embeddings: Tensor, attention_mask: Any, **kwargs: Any) -> Tensor:
-        """Run the encoder with a tape of its own; where memory runs out, once more with fewer graphs kept."""
+        """Run the encoder with a tape of its own; where memory runs out, once more with less kept."""
+        self._findings.settle()
         if self.retention is None:
-            self.set_retention(self.config.retained_layers, self.config.memory_budget)
+            self.set_memory_budget(self.config.memory_budget)
         encoder: Any = self.encoder
         retention: Any = self.retention
         while True:
-            tape = self.new_tape(encoder.layer, attention_mask, **kwargs)
+            tape = self._new_tape(encoder.layer, **kwargs)
             try:
                 hidden_states = encoder(embeddings, attention_mask, tape, **kwargs)
-                retention.watch(tape, hidden_states)
+                retention.watch(tape.trail, hidden_states, tape.kept)
+                tape.end()
                 return hidden_states
             except torch.OutOfMemoryError:
-                if not retention.back_off():
+                if not retention.back_off(tape.kept):
                     raise
             logger.warning(
                 "out of memory in the forward pass: it is repeated, and from now on fewer layers keep their graphs."
@@ -118,27 +135,32 @@ class ReversiblePreTrainedModel(PreTrainedModel):
             del tape
             torch.cuda.empty_cache()
 
-    def new_tape(self, layers: nn.ModuleList, attention_mask: Any, **kwargs: Any) -> Tape:
-        """The tape of one forward pass.
-
-        What only stored activations can give falls back to the `autograd` engine, with the same numbers: hidden states
-        or attention maps as outputs, activation checkpointing, and an attention mask that needs a gradient.
-        """
-        engine = self.config.backward_engine
-        outputs = [n for n in ("output_hidden_states", "output_attentions") if requested(n, self.config, kwargs)]
-        checkpoints = self.training and any(layer.gradient_checkpointing for layer in layers)
-        learned_mask = isinstance(attention_mask, Tensor) and attention_mask.requires_grad
-        if engine != "autograd" and torch.is_grad_enabled() and (outputs or checkpoints or learned_mask):
-            reasons = [*outputs, *(["activation checkpointing"] if checkpoints else [])]
-            logger.warning_once(
-                f"backward_engine={engine!r} falls back to 'autograd', which stores activations, because of: "
-                f"{', '.join(reasons) or 'an attention mask that needs a gradient'}."
-            )
-            engine = "autograd"
-        return Tape(get_engine(engine), self.layer_plans, self.retention)
+    def _new_tape(self, layers: nn.ModuleList, **kwargs: Any) -> Tape:
+        """The tape of one forward pass, with the `autograd` engine where attention maps are asked for."""
+        engine, plans = self.config.backward_engine, self.layer_plans
+        if engine != "autograd" and torch.is_grad_enabled():
+            if requested("output_attentions", self.config, kwargs):
+                logger.warning_once(
+                    f"backward_engine={engine!r} falls back to 'autograd', which stores activations, because of "
+                    "output_attentions."
+                )
+                engine = "autograd"
+            elif self.training and any(
+                plan.reversible and layer.gradient_checkpointing for plan, layer in zip(plans, layers, strict=True)
+            ):
+                logger.info_once(
+                    "activation checkpointing does nothing to reversible layers, which store no activations in the first "
+                    "place; conventional layers use it."
+                )
+        return Tape(get_engine(engine), plans, self.retention, self._findings)
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:
-        """As in transformers; the code of the model goes along, so that it loads with `trust_remote_code=True`."""
+        """As in transformers; the code of the model goes along, so that it loads with `trust_remote_code=True`.
+
+        Raises:
+            ValueError: a field of the configuration has been set to what it cannot be.
+        """
+        self.config.check_reversible()
         self.config.auto_map = dict(self.auto_map)
         if is_main_process:
             self._save_code(Path(save_directory))

@@ -1,61 +1,130 @@
-"""Run a function a second time under the conditions of the first: random numbers, autocast, products that were kept."""
+"""Run a step a second time under the conditions of the first: random numbers, autocast, kernels, modes, kept results."""
 
 import ctypes
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .cuda_rng import NoDraws, capturing, drawing_from, schedule
 from .saved_linear import SavedLinears
+from .torch_private import generators, matmul_precision, sdp_priority, set_matmul_precision, set_sdp_priority
 
 T = TypeVar("T")
 
+_generators_in_use = threading.RLock()
+"""Held while a step draws from the global generators, and while a replay has moved them."""
+
+FLAGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
+    (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
+    (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
+    (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
+    (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
+    (sdp_priority, set_sdp_priority),
+    (lambda: torch.backends.mkldnn.enabled, lambda on: torch.backends.mkldnn.set_flags(on)),
+    (matmul_precision, set_matmul_precision),
+    (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
+    (torch.get_default_dtype, torch.set_default_dtype),
+)
+"""Which kernels PyTorch chooses: how each flag is read and set."""
+
+
+@contextmanager
+def uncached_autocast(device: torch.device) -> Iterator[None]:
+    """The autocast of the caller without its weight cache, as a rebuild would run."""
+    with _autocast(_autocast_settings(device)):
+        yield
+
+
+def _autocast_settings(device: torch.device) -> list[tuple[str, torch.dtype, bool]]:
+    return [
+        (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        for kind in dict.fromkeys((device.type, "cpu"))
+        if torch.amp.is_autocast_available(kind)
+    ]
+
+
+@contextmanager
+def _autocast(settings: Sequence[tuple[str, torch.dtype, bool]]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for kind, dtype, enabled in settings:
+            if enabled or torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
+        yield
+
+
+class Conditions:
+    """What the results of a layer depend on besides its arguments and parameters, as it was in the forward pass.
+
+    Autocast is re-entered always without its weight cache: a cast that is cached without gradients would cut the
+    gradients of a rebuild, if the backward pass ran inside the same autocast region.
+
+    Args:
+        modules: the layer and all modules in it, whose training flags count.
+        device: of the layer.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], device: torch.device):
+        self.device = device
+        self._modules = modules
+        self._training = [module.training for module in modules]
+        self._flags = [read() for read, _ in FLAGS]
+        self._autocast = _autocast_settings(device)
+
+    def in_autocast(self) -> AbstractContextManager[None]:
+        """The autocast of the forward pass."""
+        return _autocast(self._autocast)
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """All of it. What is the same now, as it mostly is, is not touched."""
+        with ExitStack() as stack:
+            for (read, write), then in zip(FLAGS, self._flags, strict=True):
+                if (now := read()) != then:
+                    stack.callback(write, now)
+                    write(then)
+            for module, then in zip(self._modules, self._training, strict=True):
+                if (now := module.training) != then:
+                    stack.callback(setattr, module, "training", now)
+                    module.training = then
+            stack.enter_context(self.in_autocast())
+            yield
+
 
 class StepContext:
-    """The ambient state in which a step ran in the forward pass, so that it can be recomputed bit for bit.
-
-    Autocast is re-entered with its settings of the forward pass, always without its weight cache: the forward pass
-    runs without gradients, and a cast that was cached there would cut the recomputation's gradient if the backward
-    pass ran inside the same autocast region.
+    """What one step needs to run again bit for bit.
 
     Random numbers are replayed from the generators' states before the step, and only if the step drew some; the
     generators are left as they were found, so the global stream of random numbers is the one plain training sees.
     In a CUDA graph, whose generators have no states to go back to, see :mod:`cuda_rng`.
 
     Args:
-        device: of the step.
-        keeps_products: whether results of products are kept, which are then not computed again.
+        conditions: of the layer.
+        saves_linears: whether results of linear layers are kept, which are then not computed again.
     """
 
-    __slots__ = ("_autocast", "_replica", "_rng", "device", "products")
+    __slots__ = ("_replica", "_rng", "conditions", "linears")
 
-    def __init__(self, device: torch.device, keeps_products: bool = False):
-        self.device = device
-        self.products = SavedLinears() if keeps_products else None
+    def __init__(self, conditions: Conditions, saves_linears: bool = False):
+        self.conditions = conditions
+        self.linears = SavedLinears() if saves_linears else None
         self._rng: list[Tensor] | None = None
         self._replica: torch.Generator | None = None
-        self._autocast = [
-            (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-            for kind in dict.fromkeys((device.type, "cpu"))
-            if torch.amp.is_autocast_available(kind)
-        ]
-
-    def run(self, work: Callable[[], T]) -> T:
-        """Run ``work`` when it will not be replayed, with the same settings as if it were."""
-        with self._in_autocast():
-            return work()
 
     def record(self, work: Callable[[], T]) -> T:
         """Run ``work`` for the first time; remember the generators' states if it drew random numbers."""
-        if capturing(self.device):
+        device = self.conditions.device
+        if capturing(device):
             return self._record_into_graph(work)
-        before = _rng_state(self.device)
-        with self._keeping_products():
-            result = self.run(work)
-        drew = any(_bytes(a) != _bytes(b) for a, b in zip(before, _rng_state(self.device), strict=True))
+        with _generators_in_use:
+            sources = generators(device)
+            before = [source.get_state() for source in sources]
+            with self.conditions.in_autocast(), self._keeping_linears():
+                result = work()
+            drew = any(_bytes(a) != _bytes(b.get_state()) for a, b in zip(before, sources, strict=True))
         self._rng = before if drew else None
         if (learning := schedule()) is not None:
             learning.note(before[-1], drew)
@@ -64,53 +133,41 @@ class StepContext:
     def _record_into_graph(self, work: Callable[[], T]) -> T:
         followed = schedule()
         self._replica = followed.take() if followed else None
-        with self._keeping_products(), nullcontext() if followed else NoDraws():
-            return self.run(work)
+        with self.conditions.in_autocast(), self._keeping_linears(), nullcontext() if followed else NoDraws():
+            return work()
 
     def replay(self, work: Callable[[], T]) -> T:
         """Run ``work`` again as it ran in :meth:`record`."""
-        with self._in_autocast(), self.products.given() if self.products else nullcontext():
+        with self.conditions.restored(), self.linears.given() if self.linears else nullcontext():
             if self._replica is not None:
-                with drawing_from(self._replica, self.device):
+                with drawing_from(self._replica, self.conditions.device):
                     return work()
             if self._rng is None:
                 return work()
-            found = _rng_state(self.device)
-            try:
-                _set_rng_state(self.device, self._rng)
-                return work()
-            finally:
-                _set_rng_state(self.device, found)
+            with _generators_in_use:
+                return _from_states(generators(self.conditions.device), self._rng, work)
 
-    def _keeping_products(self) -> AbstractContextManager[None]:
-        return self.products.keeping() if self.products else nullcontext()
-
-    @contextmanager
-    def _in_autocast(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            for kind, dtype, enabled in self._autocast:
-                if enabled or torch.is_autocast_enabled(kind):
-                    stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
-            yield
+    def _keeping_linears(self) -> AbstractContextManager[Any]:
+        return self.linears.keeping() if self.linears else nullcontext()
 
 
-def _rng_state(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    if device.type not in ("cpu", "meta"):
-        states.append(torch.get_device_module(device).get_rng_state(*_which(device)))
-    return states
+def _from_states(sources: Sequence[Any], states: Sequence[Tensor], work: Callable[[], T]) -> T:
+    """``work()`` with the generators ``sources`` in ``states``; then they are as they were found.
+
+    Also after a ``KeyboardInterrupt``, which comes between two bytecodes of the main thread: the first thing in the
+    ``finally`` block is a call into C, which it cannot come between.
+    """
+    if not sources:
+        return work()
+    source = sources[0]
+    found = source.get_state()
+    try:
+        source.set_state(states[0])
+        return _from_states(sources[1:], states[1:], work)
+    finally:
+        source.set_state(found)
 
 
 def _bytes(state: Tensor) -> bytes:
     """Past the dispatcher: three times as fast, and a generator's state is real also where all tensors are fake."""
     return ctypes.string_at(state.data_ptr(), state.nbytes)
-
-
-def _set_rng_state(device: torch.device, states: list[Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    if len(states) > 1:
-        torch.get_device_module(device).set_rng_state(states[1], *_which(device))
-
-
-def _which(device: torch.device) -> tuple[torch.device, ...]:
-    return () if device.type == "mps" else (device,)  # torch.mps has one device and takes no argument

@@ -1,27 +1,26 @@
-"""What is not rebuilt: layers that keep their graphs from the forward pass, or their products, while memory allows.
+"""What is not rebuilt: layers that keep their graphs, or results of their linear layers, while memory allows.
 
 Rebuilding a layer costs another forward of it, so it is done for as few layers as memory asks for. The backward pass
 begins with the last layers: what they keep is the first to be freed, before the gradients of all parameters exist.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from .cuda_rng import capturing
+from .cuda_rng import capturing, schedule
 from .memory_probe import coming, counting_saved, free_memory, in_use
-from .plan import LayerPlan, check_retention
+from .plan import LayerPlan, parse_budget
 from .saved_linear import SavedLinears
 
-T = TypeVar("T")
 Shape = tuple[torch.Size, torch.dtype, bool]
 """Of the embeddings, their dtype, and whether in autocast."""
 
 SHARE = {"cuda": 0.9, "cpu": 0.5}
-"""Of the free memory, what "auto" takes: fragments get lost on CUDA, and others want a share of a CPU's."""
+"""The part of the free memory that "auto" uses: fragments get lost on CUDA, and others want a share of a CPU's."""
 
 WARM_UPS = 2
 """Steps before free memory is looked at: after the first one the optimizer has its state, so the second is typical."""
@@ -31,39 +30,49 @@ STEPS = 2
 
 
 class Sizes(NamedTuple):
-    """Bytes that a layer keeps: with its graph, or with its products alone."""
+    """Bytes that a layer keeps: with its graph, or with the results of its narrowing linear layers alone."""
 
     graph: float = 0.0
-    products: float = 0.0
+    linears: float = 0.0
 
 
 class RetentionPlan(NamedTuple):
-    """So many of the last layers keep their graphs, and so many below those the results of products."""
+    """What one forward pass keeps.
+
+    Attributes:
+        graphs: so many of the last layers keep their graphs,
+        linears: and so many below those the results of their narrowing linear layers.
+        bytes: that this takes.
+        unmeasured: the shape of the batch, if what a layer keeps for it is to be measured.
+    """
 
     graphs: int = 0
-    products: int = 0
-
-    def bytes(self, sizes: Sizes) -> float:
-        return self.graphs * sizes.graph + self.products * sizes.products
+    linears: int = 0
+    bytes: float = 0.0
+    unmeasured: Shape | None = None
 
 
 def share_out(allowance: float, sizes: Sizes, depth: int) -> RetentionPlan:
     """What of ``depth`` layers to keep within ``allowance`` bytes.
 
-    SavedLinears first: for their size they save several times as much time as whole graphs do.
+    Results of linear layers first: for their size they save several times as much time as whole graphs do.
     """
     if allowance >= depth * sizes.graph:
-        return RetentionPlan(graphs=depth)
+        return _plan(sizes, depth, 0)
     allowance = max(0, allowance)
-    spare = allowance - depth * sizes.products
+    spare = allowance - depth * sizes.linears
     if spare < 0:
-        return RetentionPlan(products=int(allowance // sizes.products))
-    graphs = int(spare // (sizes.graph - sizes.products))
-    return RetentionPlan(graphs, depth - graphs if sizes.products else 0)
+        return _plan(sizes, 0, int(allowance // sizes.linears))
+    graphs = int(spare // (sizes.graph - sizes.linears))
+    return _plan(sizes, graphs, depth - graphs if sizes.linears else 0)
+
+
+def _plan(sizes: Sizes, graphs: int, linears: int) -> RetentionPlan:
+    return RetentionPlan(graphs, linears, graphs * sizes.graph + linears * sizes.linears)
 
 
 class Retention:
-    """How many of the last layers keep their graphs or products, for every shape of batch.
+    """Decides how many of the last layers keep something, for every shape of batch.
 
     With a budget, what a layer keeps is measured once for each shape, in a forward pass that keeps one graph or more, and
     as much is kept as fits. The gradients of parameters are a budget that costs nothing: they do not exist yet while
@@ -74,37 +83,40 @@ class Retention:
     as the optimizer's state after several forward passes of gradient accumulation.
 
     Args:
-        layers: how many keep their graphs, where there is no ``budget``.
-        budget: bytes (``int``) that may be kept; a fraction (``float``) of the free memory; "auto" for 0.9 of it on CUDA
-            and 0.5 on a CPU; "gradients" for the bytes of those that the backward pass will make.
+        budget: see :func:`~plan.parse_budget`.
         parameters: of the layers, as they are when called.
         logits: numbers that the head computes of every state, each three times in fp32 (log-softmax, gradient), while
             all that is kept is in memory.
+
+    Raises:
+        ValueError: the budget is not one.
     """
 
     def __init__(
         self,
-        layers: int = 0,
-        budget: str | int | float | None = None,
+        budget: str | None = None,
         parameters: Callable[[], Iterable[Tensor]] = tuple,
         logits: int = 0,
     ):
-        check_retention(layers, budget)
-        self._layers, self._budget, self._parameters, self._logits = layers, budget, parameters, logits
+        self._text, self._budget = budget, parse_budget(budget)
+        self._parameters, self._logits = parameters, logits
         self._sizes: dict[Shape, Sizes] = {}
-        self._unmeasured: Shape | None = None
         self._steps = 0
         self._largest = 0
         self._allowance: float | None = None  # bytes that may be kept
         self._per_element = 0.0  # by which that shrinks for larger batches
         self._in_use = float("inf")  # bytes, when the allowance was found
         self._most = float("inf")  # bytes, since memory ran out
-        self._kept, self._planned = RetentionPlan(), 0.0  # in the last forward pass; bytes
         self._waiting: WeakKeyDictionary[object, float] = WeakKeyDictionary()  # bytes, of other forward passes
 
     def __reduce__(self) -> Any:
         # A copy, or one in another process, measures for itself.
-        return Retention, (self._layers, self._budget, self._parameters, self._logits)
+        return Retention, (self._text, self._parameters, self._logits)
+
+    @property
+    def measured(self) -> dict[Shape, Sizes]:
+        """What a layer keeps, for every shape that was measured."""
+        return dict(self._sizes)
 
     @torch.compiler.disable  # its counting would be compiled anew at every step
     def plan(self, embeddings: Tensor, plans: Sequence[LayerPlan]) -> RetentionPlan:
@@ -113,23 +125,31 @@ class Retention:
         Raises:
             ValueError: the free memory of this device is not known.
         """
-        depth = len(plans)
-        if self._budget is None or not torch.is_grad_enabled():
-            return RetentionPlan(min(self._layers, depth))
         if capturing(embeddings.device):  # into a CUDA graph, which repeats the forward pass before it
-            return self._kept
+            followed = schedule()
+            return RetentionPlan() if followed is None or followed.kept is None else followed.kept
+        kept = self._plan(embeddings, plans)
+        if (learning := schedule()) is not None:
+            learning.kept = kept
+        return kept
+
+    def _plan(self, embeddings: Tensor, plans: Sequence[LayerPlan]) -> RetentionPlan:
+        depth, budget = len(plans), self._budget
+        if budget.layers is not None:
+            return RetentionPlan(min(budget.layers, depth))
+        if self._text is None or not torch.is_grad_enabled():
+            return RetentionPlan()
         shape = (embeddings.shape, embeddings.dtype, torch.is_autocast_enabled(embeddings.device.type))
-        self._unmeasured = None if shape in self._sizes else shape
+        unmeasured = None if shape in self._sizes else shape
         sizes = self._sizes.get(shape) or self._expected(embeddings)
         allowance = self._allowed(embeddings, plans)
         if allowance is None:
-            kept = RetentionPlan(graphs=1)
+            kept = _plan(sizes, 1, 0)
         elif not sizes.graph:
             kept = RetentionPlan(graphs=int(allowance > 0))
         else:
             kept = share_out(min(allowance, self._most), sizes, depth)
-        self._kept, self._planned = kept, kept.bytes(sizes)
-        return kept
+        return kept._replace(unmeasured=unmeasured)
 
     def _expected(self, embeddings: Tensor) -> Sizes:
         """For a shape that was not measured: of the one whose layers keep most for its size."""
@@ -138,7 +158,7 @@ class Retention:
 
     def _allowed(self, embeddings: Tensor, plans: Sequence[LayerPlan]) -> float | None:
         """Bytes that may be kept; ``None`` while that is not known."""
-        if self._budget == "gradients":
+        if self._budget.gradients:
             side_bits = sum(plan.side_bits for plan in plans) * STEPS * embeddings.numel()
             head = 3 * torch.float32.itemsize * self._logits * embeddings.numel() / embeddings.shape[-1]
             return sum(map(coming, self._parameters())) - side_bits / 8 - head - sum(self._waiting.values())
@@ -151,53 +171,56 @@ class Retention:
 
     def _look_around(self, embeddings: Tensor) -> None:
         """Find out what may be kept, as soon as that is known."""
-        if isinstance(self._budget, int):
-            self._allowance = self._budget
+        if self._budget.bytes is not None:
+            self._allowance = self._budget.bytes
             return
         self._steps += 1
         if self._steps <= WARM_UPS:
             self._largest = max(self._largest, embeddings.numel())
             return
-        device = embeddings.device
-        share = SHARE.get(device.type, 0.0) if self._budget == "auto" else float(self._budget)  # type: ignore[arg-type]
+        device, share = embeddings.device, self._budget.share
+        part = share if isinstance(share, float) else SHARE.get(device.type, 0.0)
         free, transient = free_memory(device)
-        self._allowance = share * free + max((sizes.graph for sizes in self._sizes.values()), default=0)
+        self._allowance = part * free + max((sizes.graph for sizes in self._sizes.values()), default=0)
         self._per_element = transient / self._largest
         self._in_use = in_use(device)
 
-    def run(self, work: Callable[[], T], parameters: tuple[Tensor, ...]) -> T:
-        """Run the forward pass of a layer that keeps its graph; measure what it keeps if the batch has a new shape."""
-        if self._unmeasured is None:
-            return work()
-        shape, self._unmeasured = self._unmeasured, None
-        products = SavedLinears()
-        with counting_saved(parameters) as kept, products.keeping():
-            result = work()
-        self._sizes[shape] = Sizes(sum(kept.values()), sum(result.nbytes for result in products.results))
-        return result
+    def measure(self, kept: RetentionPlan, work: Callable[[], None], known: tuple[Tensor, ...]) -> None:
+        """Run ``work``, the forward pass of a layer that keeps its graph; measure that if the batch has a new shape.
 
-    def watch(self, forward: object, output: Tensor) -> None:
+        Args:
+            known: tensors that are in memory anyway, such as the layer's parameters.
+        """
+        if kept.unmeasured is None or kept.unmeasured in self._sizes:
+            work()
+            return
+        linears = SavedLinears()
+        with counting_saved(known) as saved, linears.keeping():
+            work()
+        self._sizes[kept.unmeasured] = Sizes(sum(saved.values()), sum(result.nbytes for result in linears.results))
+
+    def watch(self, forward: object, output: Tensor, kept: RetentionPlan) -> None:
         """Until the backward pass of ``forward`` comes to ``output``, other forward passes get what it leaves."""
-        if self._budget == "gradients":
-            self._watch(forward, output)
+        if self._budget.gradients:
+            self._watch(forward, output, kept)
 
     @torch.compiler.disable  # a hook that compiled code would run elsewhere
-    def _watch(self, forward: object, output: Tensor) -> None:
-        if self._planned and output.requires_grad:
-            self._waiting[forward] = self._planned
+    def _watch(self, forward: object, output: Tensor, kept: RetentionPlan) -> None:
+        if kept.bytes and output.requires_grad:
+            self._waiting[forward] = kept.bytes
 
             def arrive(grad: Tensor) -> None:
                 self._waiting.pop(forward, None)
 
             output.register_hook(arrive)
 
-    def back_off(self) -> bool:
+    def back_off(self, kept: RetentionPlan) -> bool:
         """After running out of memory: keep half of what was kept, from now on.
 
         Returns:
             Whether anything was.
         """
-        if self._budget is None or not self._planned:
+        if self._budget.layers is not None or not kept.bytes:
             return False
-        self._most, self._planned = self._planned / 2, 0.0
+        self._most = kept.bytes / 2
         return True

@@ -1,114 +1,234 @@
-"""One forward pass through a chain of reversible layers."""
+"""One forward pass through a chain of reversible layers: what travels beside the hidden state."""
 
+import math
+import warnings
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .coupling import enter, merge_pair
-from .lanes import Session
-from .layer_call import LayerCall, Pair, Step
+from .coupling import encode, merge_pair, poison, straight_through
+from .engine import Engine, Enter, Leave, RebuiltLayer, Trail
+from .findings import Findings
+from .hooks import is_observed, is_observed_inside
+from .layer_call import AUTOGRAD, Contents, LayerCall, State, Step, value_of
+from .observer import current_observer
 from .plan import LayerPlan
-from .retention import Retention
-
-
-class Engine(Protocol):
-    """How one reversible layer is run, and with it how it is differentiated."""
-
-    def layer(self, tape: "Tape", index: int, record: LayerCall, previous: Tensor, current: Tensor) -> Pair: ...
+from .retention import Retention, RetentionPlan
+from .torch_private import in_functorch, shares_memory, version_of
 
 
 class Tape:
-    """One forward pass through a chain of layers, and the states rebuilt from it in the backward pass.
+    """One forward pass: the pair of states that it has come to, and how many layers it has run.
 
-    A tape belongs to one forward pass: two forwards before a backward, nested or interleaved models and evaluation in
-    between each have their own. It is kept alive by the autograd graph and by nothing else.
+    What a layer has to do is call :meth:`layer` from its ``forward``; layers are counted in the order of these calls. A
+    tape belongs to one forward pass: two forwards before a backward, nested or interleaved models and evaluation in between
+    each have their own. The autograd graph keeps its :class:`~engine.Trail`, never the tape.
 
     Args:
-        engine: one of :data:`ENGINES`.
-        plans: the coupling of every layer, from :func:`coupling.plan_layers`.
-        retention: how many of the last layers keep their graphs, and how many below those their products; by default none.
+        engine: one of :data:`~engine.ENGINES`.
+        plans: the coupling of every layer in the order of calls, from :func:`~plan.plan_layers`.
+        retention: decides what is kept instead of being rebuilt; by default nothing.
+        findings: where trouble on the device is told.
+
+    Attributes:
+        dtype: the compute dtype: that of the embeddings.
+        norm: of a post-LN model, the norm that ends the last layer, which the next reader applies, and its parameters.
     """
 
     dtype: torch.dtype
-    """The compute dtype: that of the embeddings."""
+    norm: tuple[nn.Module | None, tuple[Tensor, ...]] = (None, ())
 
-    def __init__(self, engine: "Engine", plans: Sequence[LayerPlan], retention: Retention | None = None):
-        self.engine = engine
-        self.plans = plans
-        self.retention = retention or Retention()
-        self.graphs_from = self.products_from = len(plans)
-        self.records: dict[int, LayerCall] = {}
-        self.pairs: dict[int, Pair] = {}
-        self.ahead: dict[int, Any] = {}
+    def __init__(
+        self,
+        engine: Engine,
+        plans: Sequence[LayerPlan],
+        retention: Retention | None = None,
+        findings: Findings | None = None,
+    ):
+        self.engine, self.plans, self.retention = engine, plans, retention or Retention()
+        self.findings = findings or Findings()
+        self.kept = RetentionPlan()
+        self.trail = Trail(engine, current_observer(), self.findings)
+        self._position = 0
+        self._plan: LayerPlan | None = None  # of the last layer of the segment that is open
+        self._previous: State
+        self._current: State
+        self._handed_out: tuple[int, bool] = (0, False)  # version, and whether it required a gradient
+        self._peak: Tensor
 
-    def start(self, embeddings: Tensor) -> Pair:
-        """The first pair, ``s[-1] = s[0] = embeddings``; their dtype becomes the compute dtype."""
+    @torch.compiler.disable
+    def start(self, embeddings: Tensor) -> Tensor:
+        """The first hidden state; its dtype becomes the compute dtype."""
         self.dtype = embeddings.dtype
-        graphs, products = self.retention.plan(embeddings, self.plans)
-        self.graphs_from = len(self.plans) - graphs
-        self.products_from = self.graphs_from - products
-        return embeddings, embeddings
+        self.kept = self.retention.plan(embeddings, self.plans)
+        self._peak = torch.zeros((), device=embeddings.device)
+        return embeddings
 
     @torch.compiler.disable  # a compiled forward and an eager recomputation would differ in bits
-    def layer(
-        self,
-        index: int,
-        module: nn.Module,
-        steps: Sequence[Step],
-        previous: Tensor,
-        current: Tensor,
-        inputs: tuple[Tensor, ...] = (),
-    ) -> Pair:
-        """Apply layer ``index`` to a pair of states and return the next pair, of the same shape.
+    def layer(self, module: nn.Module, steps: Sequence[Step], hidden: Tensor, inputs: tuple[Any, ...] = ()) -> Tensor:
+        """Apply the next layer to a hidden state and return the one after it, of the same shape.
 
         To be called from ``module.forward``, so that what wraps modules (FSDP2, hooks) is in place.
 
         Args:
             module: owner of the parameters that ``steps`` use.
-            steps: two or more.
-            inputs: tensors that steps read besides the state and may need a gradient; passed to every step.
+            steps: one or more.
+            hidden: what the layer below returned, or something else, which then opens a pair of its own.
+            inputs: what steps read besides the state, passed to every step; tensors among them may need a gradient.
+
+        Raises:
+            RuntimeError: more layers are called than there are plans, or the layer cannot be rebuilt exactly.
         """
-        plan = self.plans[index]
-        if not plan.reversible:
-            return _conventional(steps, current.to(self.dtype), inputs)
-        if plan.opens:
-            previous, current = enter(previous, plan), enter(current, plan)
-        elif current.dtype != (expected := torch.promote_types(plan.state_dtype, self.dtype)):
+        if self._position == len(self.plans):
             raise RuntimeError(
-                f"layer {index} got its states in {current.dtype}, the layer below returned {expected}: something casts "
+                f"more than {len(self.plans)} layers were called in one forward pass, as many as the encoder has: its layers "
+                "may be called once each."
+            )
+        plan = self.plans[self._position]
+        if not plan.reversible:
+            hidden = self.finish(hidden)
+            self._plan = None
+            self._position += 1
+            return _conventional(module, steps, hidden, inputs)
+        self._arrive(hidden, plan)
+        held = Contents(module)
+        call = LayerCall(module, steps, plan, self.dtype, inputs, held, self._current.bits.device)
+        needs_gradient = torch.is_grad_enabled() and (
+            self._previous.needs_gradient
+            or self._current.needs_gradient
+            or any(source.requires_grad for source in call.sources)
+        )
+        layers_from_here = len(self.plans) - self._position
+        if not (self.engine.rebuilds and needs_gradient):
+            self._store(call)
+        elif layers_from_here <= self.kept.graphs or is_observed_inside(held.modules):
+            self.retention.measure(self.kept, partial(self._store, call), call.sources)
+        else:
+            call.saves_linears = layers_from_here <= self.kept.graphs + self.kept.linears
+            self._rebuild_later(call)
+        self._position += 1
+        if is_observed(module):
+            self._know_both()  # a loss on what the hook sees finds the pair stored
+        value = value_of(self._current)
+        self._handed_out = version_of(value), value.requires_grad
+        return value
+
+    @torch.compiler.disable
+    def finish(self, hidden: Tensor) -> Tensor:
+        """The hidden state that the pair stands for, in the compute dtype; NaN if the states left their range."""
+        if self._plan is not None:
+            self._arrive(hidden, self._plan)
+            self._know_both()
+            hidden = merge_pair(value_of(self._previous), value_of(self._current), self._plan.beta)
+            hidden = hidden + poison(self._peak).to(hidden.dtype)  # added, so that gradients are what they are
+        return hidden.to(self.dtype)
+
+    @torch.compiler.disable
+    def end(self) -> None:
+        """The last layer has run: say what has to be said of the states."""
+        grid_bits = next((plan.grid_bits for plan in self.plans if plan.reversible), None)
+        self.trail.observer.forward_ends(self._peak.detach(), grid_bits)
+        if grid_bits is not None:
+            self.findings.expect(self._peak, partial(_warn_of_range, grid_bits))
+
+    def _arrive(self, hidden: Tensor, plan: LayerPlan) -> None:
+        """Take the hidden state that a layer is given: the one that was handed out, a changed one, or a segment's first."""
+        opens, self._plan = self._plan is None, plan
+        if not opens and self._is_unchanged(hidden):
+            self._current = self._current._replace(value=hidden, needs_gradient=hidden.requires_grad)
+            return
+        bits, peak = encode(hidden.detach(), plan.grid_bits)
+        self._peak = torch.maximum(self._peak.to(peak.device), peak)
+        hidden = hidden.view_as(hidden)  # the chain's uses are added up here, before those of others
+
+        def through() -> State:
+            return State.of(bits, straight_through(bits, plan.grid_bits, self.dtype, (1.0, hidden)))
+
+        if opens:
+            self._previous = through()
+        else:  # the state before a changed one stays what it is
+            self._know_both()
+            before = self._previous
+            self._previous = State.of(before.bits.to(bits.device), value_of(before).to(bits.device))
+        self._current = through()
+
+    def _is_unchanged(self, hidden: Tensor) -> bool:
+        """Whether a layer is given what the layer below returned, or a view of it: FSDP2 hands on another object."""
+        handed = value_of(self._current)
+        if hidden.dtype != handed.dtype:
+            raise RuntimeError(
+                f"a layer got its hidden state in {hidden.dtype}, the layer below returned {handed.dtype}: something casts the "
                 "inputs of layers, and the states could not be rebuilt. With FSDP2 set cast_forward_inputs=False in the "
                 "MixedPrecisionPolicy."
             )
-        record = LayerCall(module, steps, plan, self.dtype, inputs)
-        return self.engine.layer(self, index, record, previous, current)
+        same = hidden is handed or shares_memory(hidden, handed)
+        return same and (version_of(hidden), hidden.requires_grad) == self._handed_out
 
-    def rebuilt(self, index: int, pair: Pair) -> None:
-        """Take the inputs of layer ``index``, rebuilt in its backward: the outputs of the layer below."""
-        if not self.plans[index].opens:
-            self.pairs[index - 1] = pair
+    def _store(self, call: LayerCall) -> None:
+        """Run a layer whose activations autograd stores."""
+        self._know_both()
+        self._previous, self._current, peak = call.run(self._previous, self._current)
+        self._peak = torch.maximum(self._peak, peak)
 
-    def look_ahead(self, index: int, session: Session) -> None:
-        """Begin to rebuild the last step of layer ``index`` before its own backward is called.
+    def _rebuild_later(self, call: LayerCall) -> None:
+        """Run a layer whose activations are rebuilt."""
+        if call.plan.grid_bits is None:
+            raise RuntimeError(
+                "grid_bits=None leaves states floats, which cannot be rebuilt bit for bit: give grid_bits, or "
+                f"{AUTOGRAD}"
+            )
+        if in_functorch():
+            raise RuntimeError(f"transforms of torch.func cannot see through layers that are rebuilt: {AUTOGRAD}")
+        position, trail = self._position, self.trail
+        previous, current = self._previous, self._current
+        call.opens, call.follows = previous.bits is current.bits, previous.value is None
+        hidden = value_of(current)
+        if previous.value is not None and (previous.needs_gradient or current.needs_gradient):
+            hidden = Enter.apply(trail, position, previous.value, hidden)
+        trail.calls[position] = call
+        trail.observer.layer_begins(position, (previous.bits, current.bits), call.plan.limit)
+        inputs = tuple(t for t in call.inputs if isinstance(t, Tensor))
+        self._previous, after, peak = call.run_undoably(previous, current)
+        # Autograd gets the inputs as they came, with their history; the call keeps leaves.
+        hidden = RebuiltLayer.apply(trail, position, after.bits, hidden, *inputs, *call.held.parameters.values())
+        self._current = after._replace(value=hidden)
+        self._peak = torch.maximum(self._peak, peak)
+        trail.observer.layer_keeps(position, [hidden, self._previous.bits, after.bits, *call.kept()])
 
-        Only where its states and parameters already are: under FSDP2 and ZeRO-3 the parameters come with the layer's
-        own backward, and a model may be spread over devices.
-        """
-        record, pair = self.records[index], self.pairs[index]
-        if record.resident() and record.contexts[-1].device == pair[0].device:
-            self.ahead[index] = session.start(partial(record.rebuild, len(record.steps) - 1, *pair, True))
-
-    def finish(self, previous: Tensor, current: Tensor, after: int = -1) -> Tensor:
-        """The hidden state that the pair after layer ``after`` stands for, in the compute dtype."""
-        return merge_pair(previous, current, self.plans[after].beta).to(self.dtype)
+    def _know_both(self) -> None:
+        """Have autograd know both states: the layers below are rebuilt from here."""
+        if self._previous.value is None:
+            pair = self._previous.bits, self._current.bits
+            values = Leave.apply(self.trail, self._position - 1, pair, value_of(self._current))
+            self._previous, self._current = (State.of(b, v) for b, v in zip(pair, values, strict=True))
 
 
-def _conventional(steps: Sequence[Step], current: Tensor, inputs: tuple[Tensor, ...]) -> Pair:
-    """A stock layer: the residual is added back, activations are stored by autograd."""
-    previous = current
-    for step in steps:
-        residual, branch = step(current, *inputs)
-        previous, current = current, residual + branch
-    return previous, current
+def _conventional(module: nn.Module, steps: Sequence[Step], hidden: Tensor, inputs: tuple[Any, ...]) -> Tensor:
+    """A stock layer: residuals are added back; activations are stored by autograd, or checkpointed where that is on."""
+
+    def run(hidden: Tensor, *inputs: Any) -> Tensor:
+        for step in steps:
+            residual, branch = step(hidden, *inputs)
+            hidden = residual + branch
+        return hidden
+
+    if getattr(module, "gradient_checkpointing", False) and module.training and torch.is_grad_enabled():
+        checkpoint: Any = module._gradient_checkpointing_func  # set by transformers, as for every layer
+        return checkpoint(run, hidden, *inputs)
+    return run(hidden, *inputs)
+
+
+def _warn_of_range(grid_bits: int, peak: float) -> None:
+    limit = LayerPlan(1.0, grid_bits).limit
+    largest = peak * 2.0**-grid_bits
+    if largest < limit:
+        return
+    what = f"reached {largest:.3g}" if math.isfinite(largest) else "held an infinity or a NaN"
+    warnings.warn(
+        f"the states of a reversible model {what}, and at grid_bits={grid_bits} they have to stay below {limit:g}: the outputs "
+        "of that forward pass are NaN. If the stock model is fine with the same inputs, take fewer grid_bits.",
+        stacklevel=2,
+    )

@@ -11,11 +11,11 @@ from families import assert_same, step
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_pareprop import coupling
-from hf_pareprop.coupling import enter
 from hf_pareprop.plan import plan_layers
 
 fused = pytest.importorskip("hf_pareprop.fused")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+LOWEST, HIGHEST = -(2**31), 2**31 - 1
 
 
 @pytest.fixture(autouse=True)
@@ -27,31 +27,110 @@ def proved(monkeypatch):
     coupling.fused_are_exact.cache_clear()
 
 
-@pytest.mark.parametrize("shape", [(3, 7, 16), (4, 640), (0, 8)])
-@pytest.mark.parametrize("grid_bits", [4, 12, 20])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("side_bits", range(8))
-def test_the_bits_of_an_update_and_its_inverse(side_bits, dtype, grid_bits, shape):
-    """Values halfway between two points of the grid, far out of range and not finite among them."""
-    plan = plan_layers(2.0**-side_bits, 1, grid_bits)[0]
-    torch.manual_seed(side_bits)
-    value, previous = (30 * torch.randn(2, *shape, device=DEVICE, dtype=dtype)).unbind()
-    special = torch.tensor([0.5, 1.5, -0.5, -2.5, 3.5, 2.0**30, 2.0**41]) * 2.0**-grid_bits
-    if value.numel():
-        value.view(-1)[:9] = torch.tensor([*special, float("inf"), float("nan")])
-    previous = enter(previous, plan)
-    following, sides = coupling.advance_in_passes(value, previous, plan)
-    found, kept = fused.advance(value, previous, plan, keep=True)
-    assert_equal(found, following)
-    assert [bits.tolist() for bits in kept] == [bits.tolist() for bits in sides]
-    assert_equal(fused.advance(value, previous, plan)[0], following)
-    undone = fused.retreat(value, found, plan, kept)
-    assert_equal(undone, coupling.retreat_in_passes(value, following, plan, sides))
-    assert torch.equal(undone.view(-1)[9:], previous.view(-1)[9:])
+def plan_of(side_bits, grid_bits=16):
+    return plan_layers(2.0**-side_bits, 1, grid_bits)[0]
+
+
+def random_state(shape):
+    """Of every size that an int32 has, so that sums wrap around."""
+    return torch.randint(LOWEST, HIGHEST + 1, shape, dtype=torch.int32, device=DEVICE)
 
 
 def assert_equal(a, b):
     torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def assert_equal_sides(found, sides):
+    assert [(bits.dtype, bits.tolist()) for bits in found] == [(bits.dtype, bits.tolist()) for bits in sides]
+
+
+@pytest.mark.parametrize("shape", [(3, 7, 16), (4, 640), (0, 8)])
+@pytest.mark.parametrize("grid_bits", [4, 12, 16, 22])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("side_bits", range(8))
+def test_the_bits_of_an_update_and_its_inverse(side_bits, dtype, grid_bits, shape):
+    """Values halfway between two points of the grid among them, the largest that fit into int32, and states that wrap."""
+    plan = plan_of(side_bits, grid_bits)
+    torch.manual_seed(side_bits)
+    value = 30 * torch.randn(shape, device=DEVICE, dtype=dtype)
+    previous = random_state(shape)
+    if value.numel():
+        halves = torch.randint(-(2**20), 2**20, (100,)) * 0.5
+        special = torch.tensor([0.5, 1.5, -0.5, -2.5, 3.5, 0.5 - 2**-25, 2**-25 - 0.5, 2.0**31 - 128, 128 - 2.0**31])
+        value.view(-1)[:109] = torch.cat([special, halves]) * 2.0**-grid_bits
+        previous.view(-1)[5:9] = torch.tensor([LOWEST, HIGHEST, HIGHEST, LOWEST])
+        previous.view(-1)[-2:] = torch.tensor([LOWEST, HIGHEST])
+    following, sides, peak = coupling.advance_in_passes(value, previous, plan, keep=True)
+    found, kept, highest = fused.advance(value, previous, plan, keep=True)
+    assert_equal(found, following)
+    assert_equal_sides(kept, sides)
+    assert_equal(highest, peak)
+    again, none, highest = fused.advance(value, previous, plan)
+    assert_equal(again, following)
+    assert none == []
+    assert_equal(highest, peak)
+    assert_equal(coupling.retreat_in_passes(value, following, plan, sides), previous)
+    assert_equal(fused.retreat(value, found, plan, kept), previous)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("side_bits", [0, 1, 5, 7])
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")  # of NumPy, which interprets
+def test_values_that_no_int32_holds(side_bits, dtype):
+    """Whatever they are rounded to, it is undone; and the peak tells of each one of them."""
+    plan = plan_of(side_bits)
+    torch.manual_seed(side_bits)
+    nan, inf = float("nan"), float("inf")
+    below_zero = torch.tensor(-1, dtype=torch.int32).view(torch.float32).item()  # a NaN with a sign
+    largest = torch.finfo(dtype).max
+    units = 2.0**-16
+    for special in (
+        [2.0**31 * units],
+        [-(2.0**31) * units],
+        [2.0**41 * units, 2.0**40],
+        [-(2.0**45), 1.0],
+        [largest],  # infinite once it is scaled, or as fp32
+        [inf],
+        [-inf, 1.0],
+        [nan],
+        [below_zero],
+        [nan, inf],
+        [-inf, below_zero, inf],
+    ):
+        value, previous = torch.randn(4, 640, device=DEVICE, dtype=dtype), random_state((4, 640)) // 2**10
+        value.view(-1)[-len(special) :] = torch.tensor(special, dtype=dtype)
+        _, sides, peak = coupling.advance_in_passes(value, previous, plan, keep=True)
+        found, kept, highest = fused.advance(value, previous, plan, keep=True)
+        assert_equal(highest, peak)
+        assert coupling.poison(highest).isnan()
+        assert_equal_sides(kept, sides)
+        assert_equal(fused.retreat(value, found, plan, kept), previous)
+
+
+@pytest.mark.parametrize("columns", [1, 256, 257, 1000])
+@pytest.mark.parametrize(
+    "at, value, state, peak",
+    [
+        (0, 0.0, 0, 0.0),
+        (0, 3.25, 0, 3.25),  # of what is not yet rounded
+        (-1, -3.25, 0, 3.25),
+        (-1, -3.25, 8, 5.0),
+        (3, 2.0**-30, 0, 2.0**-30),
+        (7, 0.0, 2**24 + 3, 2.0**24 + 4),  # rounded to fp32
+        (-1, 0.0, HIGHEST, 2.0**31),
+        (-1, 0.0, LOWEST, 2.0**31),
+        (0, -1.0, LOWEST, 2.0**31),  # wraps around to the highest number
+    ],
+)
+def test_the_peak(at, value, state, peak, columns):
+    """Wherever it lies in memory, of the value or of the state, of either sign; and nothing beyond the end counts."""
+    plan = plan_of(0)
+    values = torch.zeros(columns * 8, device=DEVICE)
+    states = torch.zeros(columns * 8, device=DEVICE, dtype=torch.int32)
+    values[at], states[at] = value * 2.0**-16, state
+    found = fused.advance(values, states, plan)[2]
+    assert found.item() == peak
+    assert_equal(found, coupling.advance_in_passes(values, states, plan)[2])
 
 
 @pytest.mark.parametrize("beta", [1.0, 0.5, 1 / 32, [0.5, 0, 1.0]])
@@ -75,42 +154,73 @@ def test_a_training_step(family, beta, lane, monkeypatch):
 
 
 def odd(plan, shape=(3, 5)):
-    return torch.ones(shape, device=DEVICE), torch.ones(shape, device=DEVICE), plan
+    return torch.ones(shape, device=DEVICE), torch.ones(shape, dtype=torch.int32, device=DEVICE), plan
 
 
 @pytest.mark.parametrize(
     "tensors, reason",
     [
-        (lambda: odd(plan_layers(0.5, 1)[0]), "no multiple of eight elements"),
-        (lambda: odd(plan_layers(2.0**-8, 1)[0], (8,)), "more side bits than are packed"),
-        (lambda: odd(plan_layers(0.5, 1, None)[0], (8,)), "no grid"),
-        (lambda: (torch.ones(8, 8).to(DEVICE).T, torch.ones(8, 8).to(DEVICE), plan_layers(0.5, 1)[0]), "no row order"),
+        (lambda: odd(plan_of(1)), "no multiple of eight elements"),
+        (lambda: odd(plan_of(8), (8,)), "more side bits than are packed"),
+        (lambda: odd(plan_of(1, None), (8,)), "no grid"),
+        (lambda: (odd(plan_of(1), (8, 8))[0].T, *odd(plan_of(1), (8, 8))[1:]), "values in no row order"),
+        (lambda: (odd(plan_of(1), (8, 8))[0], odd(plan_of(1), (8, 8))[1].T, plan_of(1)), "states in no row order"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_what_the_kernels_do_not_take(tensors, reason):
+    assert coupling.runs_fused(*odd(plan_of(1), (8, 8)))
     assert not coupling.runs_fused(*tensors())
 
 
-@pytest.mark.parametrize("trouble", ["raises", "other bits"])
+@pytest.mark.parametrize("side_bits", [1, 7, 8])
+def test_either_way_of_an_update_undoes_the_other(side_bits, monkeypatch):
+    """Through the functions that choose: with the kernels, and without them."""
+    plan = plan_of(side_bits)
+    value, previous = torch.randn(8, 32, device=DEVICE), random_state((8, 32))
+    here = coupling.advance(value, previous, plan, keep=True)
+    monkeypatch.setattr(fused, "DEVICES", set())
+    assert_equal(coupling.retreat(value, here[0], plan, here[1]), previous)
+    there = coupling.advance(value, previous, plan, keep=True)
+    monkeypatch.setattr(fused, "DEVICES", {DEVICE.type})
+    assert_equal(coupling.retreat(value, there[0], plan, there[1]), previous)
+
+
+def spoiled(trouble):
+    """A launch of kernels that do not work."""
+    original = fused._launch
+
+    def launch(kernel, value, state, result, *args, **kwargs):
+        if trouble == "raises":
+            raise RuntimeError("Failed to find C compiler.")
+        original(kernel, value, state, result, *args, **kwargs)
+        if trouble == "other bits":
+            result.view(-1)[-1] += 1
+        elif "peak" in kwargs:
+            kwargs["peak"].add_(1)
+
+    return launch
+
+
+@pytest.mark.parametrize("trouble", ["raises", "other bits", "another peak"])
+def test_kernels_are_tried_first(trouble, monkeypatch):
+    """No compiler, or a GPU on which they would compute something else: said once."""
+    tensors = odd(plan_of(1), (8, 8))
+    monkeypatch.setattr(fused, "_launch", spoiled(trouble))
+    with pytest.warns(UserWarning, match="Triton.*(C compiler|other bits)"):
+        assert not coupling.runs_fused(*tensors)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert not coupling.runs_fused(*tensors)
+
+
+@pytest.mark.parametrize("trouble", ["raises", "other bits", "another peak"])
 def test_kernels_that_do_not_work_are_not_used(family, trouble, monkeypatch):
-    """No compiler, or a GPU on which they would compute something else: said once, and the results are the same."""
+    """The results are the same, and it is said once."""
     model, batch = family.build(2, beta=0.5).to(DEVICE), {k: v.to(DEVICE) for k, v in family.batch().items()}
     reference = step(model, batch, "reprop")
     coupling.fused_are_exact.cache_clear()
-    if trouble == "raises":
-
-        def launch(*args, **kwargs):
-            raise RuntimeError("Failed to find C compiler.")
-
-    else:
-        original = fused._launch
-
-        def launch(kernel, value, state, result, *args, **kwargs):
-            original(kernel, value, state, result, *args, **kwargs)
-            result.view(-1)[-1] += 2.0**-12
-
-    monkeypatch.setattr(fused, "_launch", launch)
+    monkeypatch.setattr(fused, "_launch", spoiled(trouble))
     with pytest.warns(UserWarning, match="C compiler|other bits") as warned:
         found = step(model, batch, "reprop")
     assert len([w for w in warned if "Triton" in str(w.message)]) == 1
@@ -123,12 +233,16 @@ def test_kernels_that_do_not_work_are_not_used(family, trouble, monkeypatch):
 def test_memory_can_be_accounted(monkeypatch):
     """Fake tensors have no data to launch a kernel on; their results have the shapes of real ones."""
     monkeypatch.setattr(fused, "DEVICES", {"cuda"})
-    plan = plan_layers(1 / 32, 1)[0]
+    plan = plan_of(5)
     with FakeTensorMode():
-        value, previous = torch.empty(2, 4, 8, 8, device="cuda").unbind()
-        following, sides = coupling.advance_undoably(value, previous, plan)
+        value = torch.empty(4, 8, 8, device="cuda")
+        previous = torch.empty(4, 8, 8, dtype=torch.int32, device="cuda")
+        assert coupling.runs_fused(value, previous, plan)
+        following, sides, peak = coupling.advance(value, previous, plan, keep=True)
         undone = coupling.retreat(value, following, plan, sides)
     assert (following.shape, undone.shape, [len(bits) for bits in sides]) == ((4, 8, 8), (4, 8, 8), [128, 32])
+    assert (following.dtype, undone.dtype) == (torch.int32, torch.int32)
+    assert (peak.shape, peak.dtype, peak.device.type) == ((), torch.float32, "cuda")
 
 
 COMPILE = """
@@ -138,18 +252,21 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from hf_pareprop import fused
 
-def build(kernel, value, state, capability, **constants):
-    kinds = [f"*{value}", f"*{state}", f"*{state}", "*u8", "*u8", "*u8", "i32"]
-    signature = dict(zip(kernel.arg_names, kinds + ["constexpr"] * len(constants)))
+KINDS = dict.fromkeys(("previous", "following", "peak"), "*i32") | dict.fromkeys(("fours", "twos", "ones"), "*u8")
+KINDS |= dict(columns="i32")
+
+def build(kernel, value, capability, **constants):
+    kinds = KINDS | dict(value=f"*{value}")
+    signature = {name: kinds.get(name, "constexpr") for name in kernel.arg_names}
     constants = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", capability, 32))
 
 for capability in (75, 80, 90, 100):
-    for value, state in (("fp32", "fp32"), ("fp32", "fp64")):
+    for value in ("fp32", "fp64"):
         for side_bits in (0, 1, 7):
-            common = dict(GRID_BITS=12, SIDE_BITS=side_bits)
-            build(fused._advance, value, state, capability, **common, KEEP=True, BLOCK=fused.BLOCK)
-            build(fused._retreat, value, state, capability, **common, BLOCK=fused.BLOCK)
+            common = dict(GRID_BITS=16, SIDE_BITS=side_bits, BLOCK=fused.BLOCK)
+            build(fused._advance, value, capability, **common, KEEP=True)
+            build(fused._retreat, value, capability, **common)
 print("compiled")
 """
 

@@ -177,7 +177,7 @@ def test_runtime_files_travel(file):
 
 def test_triton_is_optional():
     """It comes with builds of PyTorch for CUDA only."""
-    code = "import sys; sys.modules['triton'] = None; from hf_pareprop import coupling; print(coupling.fits(None, None, None))"
+    code = "import sys; sys.modules['triton'] = None; from hf_pareprop import coupling; print(coupling.runs_fused(None, None, None))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "False", result.stderr[-2000:]
 

@@ -15,15 +15,13 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from ..engine import PaReprop
-from ..lanes import InlineLane, Job
+from ..lanes import InlineLane, Job, Lane, replaced, side_lane
 from ..layer_call import Pair
-from ..tape import Tape
+from ..observer import Observer, observing
+from ..torch_private import DispatchMode
 from .contenders import Batch, Contender, Subject, forward_backward, make_optimizer
 
 
@@ -82,7 +80,7 @@ def predict(subject: Subject, contender: Contender, batch: Batch, device: torch.
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        with _states_named(model, ledger):
+        with observing(_Naming(ledger)), replaced(_ahead_lane):
             step()  # makes the optimizer's state
             ledger.name("parameters", [*model.parameters(), *model.buffers(), *inputs.values()])
             ledger.name("optimizer", (v for state in optimizer.state.values() for v in state.values()))
@@ -91,7 +89,7 @@ def predict(subject: Subject, contender: Contender, batch: Batch, device: torch.
         return ledger.at_peak()
 
 
-class _Ledger(TorchDispatchMode):
+class _Ledger(DispatchMode):
     """Follows the storages that operators make.
 
     What a storage is for may be known long after it was made, so the kinds are looked up for the peak in the end.
@@ -169,48 +167,29 @@ def _saved_ones_named(ledger: _Ledger) -> Iterator[None]:
         hooks.__init__ = original
 
 
-@contextmanager
-def _states_named(model: PreTrainedModel, ledger: _Ledger) -> Iterator[None]:
-    """Name the states of a reversible model, and have its lanes do without a second thread, which no ledger sees."""
-    base: Any = model.base_model
-    if not hasattr(base, "new_tape"):
-        yield
-        return
-    new_tape = base.new_tape
-    base.new_tape = lambda *args, **kwargs: _NamingTape(ledger, new_tape(*args, **kwargs))
-    try:
-        yield
-    finally:
-        del base.new_tape
+class _Naming(Observer):
+    """Names the states of a reversible model, and what it keeps for rebuilding."""
 
-
-class _NamingTape(Tape):
-    def __init__(self, ledger: _Ledger, tape: Tape):
-        engine = Ahead() if isinstance(tape.engine, PaReprop) else tape.engine
-        super().__init__(engine, tape.plans, tape.retention)
+    def __init__(self, ledger: _Ledger):
         self._ledger = ledger
 
-    def layer(self, index: int, *args: Any, **kwargs: Any) -> Pair:
-        pair = super().layer(index, *args, **kwargs)
-        if index in self.records:
-            record = self.records[index]
-            self._ledger.name("states", (*pair, *(kept for step in record.kept() for kept in step)))
-        return pair
+    def layer_keeps(self, position: int, tensors: list[Tensor]) -> None:
+        self._ledger.name("states", tensors)
 
-    def rebuilt(self, index: int, pair: Pair) -> None:
+    def layer_rebuilt(self, position: int, pair: Pair) -> None:
         self._ledger.name("states", pair)
-        super().rebuilt(index, pair)
 
 
-class Ahead(PaReprop):
-    """PaReprop on a device that overlaps: what a side lane would have in memory, without the lane."""
+def _ahead_lane(device: torch.device) -> Lane:
+    """The lane of ``device``, on a CPU without its second thread, which no ledger sees."""
+    with replaced(None):
+        lane = side_lane(device)
+    return AheadLane() if lane.overlaps and device.type == "cpu" else lane
 
-    def lane(self, device: torch.device) -> Any:  # type: ignore[override]
-        lane = super().lane(device)
-        return _AheadLane() if lane.overlaps and device.type == "cpu" else lane
 
+class AheadLane(InlineLane):
+    """What a lane that overlaps has in memory, without overlapping: work runs as soon as it is begun."""
 
-class _AheadLane(InlineLane):
     overlaps = True
 
     def start(self, work: Any) -> Job:

@@ -163,7 +163,7 @@ def _choice(row: Row) -> str:
         engine, beta, *kept = row.contender.split(", ")
         settings = [f"backward_engine='{engine}'", beta.replace(" ", "=")]
         settings += [
-            "memory_budget='gradients'" if what == WITHIN_GRADIENTS else f"retained_layers={what.split()[0]}"
+            "memory_budget='gradients'" if what == WITHIN_GRADIENTS else f"memory_budget='{what.split()[0]} layers'"
             for what in kept
         ]
         return f"Train the reversible model with {', '.join(settings)}, batch size {row.batch_size}."

@@ -5,7 +5,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ..modeling_reversible import ReversiblePreTrainedModel
-from ..plan import check_retention
+from ..plan import parse_budget
 
 
 def reversible_in(model: Any) -> ReversiblePreTrainedModel:
@@ -27,22 +27,22 @@ class MemoryBudget(TrainerCallback):
     checkpoint, stays as it is: the budget belongs to a machine.
 
     Args:
-        budget: "auto", "gradients", bytes (`int`), or a fraction (`float`) of the free memory; see `memory_budget` of
-            the configuration.
+        budget: "gradients", "auto", an amount such as "4GB", a part of the free memory such as "80%", or "4 layers"; see
+            `memory_budget` of the configuration.
 
     Raises:
         ValueError: ``budget`` is none of these; at the start of training, if the model is not reversible.
     """
 
-    def __init__(self, budget: str | int | float = "auto"):
-        check_retention(0, budget)
+    def __init__(self, budget: str = "auto"):
+        parse_budget(budget)
         self.budget = budget
         self._before: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         reversible = reversible_in(model)
         self._before = reversible.base_model.retention
-        reversible.set_retention(memory_budget=self.budget)
+        reversible.set_memory_budget(self.budget)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         base: Any = reversible_in(model).base_model

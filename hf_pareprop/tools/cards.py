@@ -57,7 +57,6 @@ def model_card(
         num_hidden_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         grid_bits=config.grid_bits,
-        anchor_every=config.anchor_every or "none asked for",
         dataset=dataset,
         training=training,
         accuracy="not measured" if accuracy is None else f"{100 * accuracy:.1f} % on the test split",

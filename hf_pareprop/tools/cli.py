@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from ..lanes import side_lane
 from ..modeling_reversible import ReversiblePreTrainedModel
+from ..plan import DEFAULT_GRID_BITS, parse_size
 from .architectures import architecture_of
 from .bench import (
     batch_for,
@@ -78,11 +79,7 @@ def convert(
         str | None,
         typer.Option(help="Only these layers become reversible: 4-11, or 0-3,8-11. Others store activations."),
     ] = None,
-    anchor_every: Annotated[
-        int | None,
-        typer.Option(help="Store a pair of states after every so many layers."),
-    ] = None,
-    grid_bits: Annotated[int, typer.Option(help="Bits after the binary point of the states.")] = 12,
+    grid_bits: Annotated[int, typer.Option(help="Bits after the binary point of the states.")] = DEFAULT_GRID_BITS,
     dtype: Annotated[Dtype, typer.Option(help="Of the weights written; auto: as they are.")] = "auto",
     calibrate: Calibrate = None,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read pickled weights (tensors only).")] = False,
@@ -97,7 +94,7 @@ def convert(
     depth = stock.config.num_hidden_layers
     chosen = set(range(depth)) if layers is None else _layers(layers, depth)
     betas = beta if len(chosen) == depth else [beta if i in chosen else 0.0 for i in range(depth)]
-    model = to_reversible(stock, beta=betas, anchor_every=anchor_every, grid_bits=grid_bits)
+    model = to_reversible(stock, beta=betas, grid_bits=grid_bits)
     _say("from", f"{src}: {_describe(stock)}")
     _say("to", f"{type(model).__name__}, {len(model.state_dict())} tensors mapped")
     if rows := architecture_of(type(stock).__name__)[0].reserved_rows(stock.config):
@@ -266,10 +263,9 @@ def bench(
 
 def _bytes(text: str) -> int:
     """The bytes that ``16GB`` or ``800 MB`` says; a GB is 2**30."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(MB|GB|TB)\s*", text, re.IGNORECASE)
-    if match is None or float(match[1]) == 0:
+    if not (size := parse_size(text)):
         raise CheckpointError(f"--memory-cap {text}: not an amount of memory, such as 16GB or 800MB.")
-    return int(float(match[1]) * 2 ** {"MB": 20, "GB": 30, "TB": 40}[match[2].upper()])
+    return size
 
 
 def _layers(text: str, depth: int) -> set[int]:

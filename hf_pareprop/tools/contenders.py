@@ -28,8 +28,7 @@ class Contender:
         name: for people.
         engine: of the reversible model; ``None`` is the stock model.
         beta: of the reversible model.
-        retained: so many of its last layers keep their graphs.
-        budget: of memory, by which its last layers keep graphs and products.
+        budget: of memory, by which its last layers keep graphs and results of linear layers.
         checkpointing: activation checkpointing of every layer, as ``gradient_checkpointing=True`` does it.
         offload: saved activations wait in the host's memory (``torch.autograd.graph.save_on_cpu``).
         compiled: ``torch.compile``, for each shape anew.
@@ -38,7 +37,6 @@ class Contender:
     name: str
     engine: str | None = None
     beta: float = 0.0
-    retained: int = 0
     budget: str | None = None
     checkpointing: bool = False
     offload: bool = False
@@ -49,13 +47,13 @@ class Contender:
         if self.engine is not None:
             model.set_backward_engine(self.engine)
             model.set_beta(self.beta)
-            model.set_retention(self.retained, self.budget)
+            model.set_memory_budget(self.budget)
         else:
             _checkpoint(model, self.checkpointing)
 
     def retaining(self, layers: int) -> "Contender":
         """The same with the graphs of so many layers kept."""
-        return replace(self, name=f"{self.name}, {layers} layers kept", retained=layers)
+        return replace(self, name=f"{self.name}, {layers} layers kept", budget=f"{layers} layers")
 
     def within_gradients(self) -> "Contender":
         """The same with as much kept as the gradients of parameters will take."""

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..configuration_reversible import ReversibleConfig
 from ..modeling_reversible import ReversiblePreTrainedModel
+from ..plan import CONVERTED_BETA
 from .architectures import ARCHITECTURES, Architecture, architecture_of
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -19,7 +20,7 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 def to_reversible(
     model: PreTrainedModel | str | os.PathLike,
     *,
-    beta: float | Sequence[float] = 0.5,
+    beta: float | Sequence[float] = CONVERTED_BETA,
     **config_fields: Any,
 ) -> ReversiblePreTrainedModel:
     """A reversible model with the weights of a stock one, on the same device, in the same dtype and mode.
@@ -28,7 +29,7 @@ def to_reversible(
         model: a stock model, which is left as it is; or a directory or Hub id of a stock checkpoint, loaded into the
             class that its configuration names.
         beta: the coupling, one number or one per layer: see :class:`ReversibleConfig`.
-        config_fields: further fields of the configuration, such as ``backward_engine`` or ``anchor_every``.
+        config_fields: further fields of the configuration, such as ``backward_engine`` or ``memory_budget``.
 
     Raises:
         ValueError: the architecture has no reversible twin, or a field is out of range.

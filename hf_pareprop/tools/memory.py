@@ -82,7 +82,7 @@ def _peak_of(model, batch: Mapping[str, Any], depth: int, beta: float, engine: s
     config = copy.deepcopy(model.config)
     config.num_hidden_layers, config.beta, config.backward_engine = depth, beta, engine
     with torch.random.fork_rng():
-        config.retained_layers, config.memory_budget = 0, None
+        config.memory_budget = None
         like = type(model)._from_config(config, dtype=model.dtype).to(model.device).train()
         # The gradient of a large table, made at the end of the backward, would hide all that happens before it.
         like.get_input_embeddings().requires_grad_(False)

@@ -1,0 +1,65 @@
+"""Looking on while a model trains: what verification, accounting and tracing see of a forward pass and its backward.
+
+with observing(observer):
+    loss = model(**batch).loss
+loss.backward()  # the observer sees this, too
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .layer_call import Pair, RebuiltStep
+
+
+class Observer:
+    """Sees what happens and changes nothing; every method may be left out.
+
+    Layers are counted from 0 in the order of their calls, steps from 0 within a layer. With an engine that overlaps, methods
+    that say so are called on another thread.
+    """
+
+    def layer_begins(self, position: int, pair: "Pair", limit: float) -> None:
+        """A layer that will be rebuilt begins its forward pass on ``pair``; states stay below ``limit``."""
+
+    def layer_keeps(self, position: int, tensors: list[Tensor]) -> None:
+        """The layer ended: its states, and what it keeps for the backward pass."""
+
+    def forward_ends(self, peak: Tensor, grid_bits: int | None) -> None:
+        """The encoder ended; ``peak`` is the largest magnitude in its states, in units of the grid."""
+
+    def rebuilding(self, position: int, step: int) -> AbstractContextManager[None]:
+        """Within this context a step is run again, perhaps on another thread."""
+        return nullcontext()
+
+    def step_rebuilt(self, position: int, step: int, rebuilt: "RebuiltStep") -> None:
+        """A step was run again, perhaps on another thread."""
+
+    def differentiating(self, position: int, step: int) -> AbstractContextManager[None]:
+        """Within this context the gradients of a step are computed."""
+        return nullcontext()
+
+    def layer_rebuilt(self, position: int, pair: "Pair") -> None:
+        """The backward pass of a layer has rebuilt the pair that it began on."""
+
+
+_observer: ContextVar[Observer] = ContextVar("observer", default=Observer())  # noqa: B039  it has no state
+
+
+def current_observer() -> Observer:
+    """The one that sees forward passes which begin now, and their backward passes."""
+    return _observer.get()
+
+
+@contextmanager
+def observing(observer: Observer) -> Iterator[None]:
+    """Have ``observer`` see the forward passes that begin in this context, and their backward passes."""
+    token = _observer.set(observer)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
