@@ -171,10 +171,13 @@ class _Through(torch.autograd.Function):
         ctx: Any, state: Tensor, grid_bits: int | None, dtype: torch.dtype, scales: list[float], *sources: Tensor
     ):
         ctx.scales, ctx.dtypes = scales, [source.dtype for source in sources]
+        ctx.set_materialize_grads(False)
         return decode(state, grid_bits, dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
+    def backward(ctx: Any, grad: Tensor | None) -> Any:
+        if grad is None:
+            return (None,) * (4 + len(ctx.scales))
         grads = ((grad if s == 1 else grad * s).to(d) for s, d in zip(ctx.scales, ctx.dtypes, strict=True))
         return None, None, None, None, *grads
 

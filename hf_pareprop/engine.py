@@ -106,21 +106,21 @@ class Trail:
         self.engine, self.observer, self.findings = engine, observer, findings
         self.calls: dict[int, LayerCall] = {}
         self._ahead: dict[int, Job] = {}
-        self._left: dict[int, tuple[int, Pair, Tensor]] = {}
+        self._left: dict[int, tuple[int, Pair, Tensor | None]] = {}
         self._verdict: Tensor | None = None
 
-    def leave(self, position: int, pair: Pair, grad_previous: Tensor) -> None:
+    def leave(self, position: int, pair: Pair, grad_previous: Tensor | None) -> None:
         """For the layer at ``position``: the pair that it returned, and the gradient of the first of the two."""
-        self._left[position] = backward_pass(), pair, grad_previous.detach()
+        self._left[position] = backward_pass(), pair, grad_previous
 
-    def take(self, position: int) -> tuple[Pair, Tensor]:
+    def take(self, position: int) -> tuple[Pair, Tensor | None]:
         """What was left for ``position`` in this backward pass.
 
         Raises:
             RuntimeError: nothing, or by another backward pass.
         """
         task, pair, grad = self._left.pop(position, (None, None, None))
-        if task != backward_pass() or pair is None or grad is None:
+        if task != backward_pass() or pair is None:
             raise RuntimeError(
                 "the backward pass came to a reversible layer, but not from the layers above it: a loss on what one layer "
                 "returned, taken by other means than a forward hook or output_hidden_states, needs "
@@ -144,8 +144,8 @@ class Trail:
         Only where its states and parameters already are: under FSDP2 and ZeRO-3 the parameters come with the layer's
         own backward, and a model may be spread over devices.
         """
-        call = self.calls.get(position)
-        if call is not None and call.is_resident() and call.device == pair[0].device:
+        call = self.calls[position]
+        if call.is_resident() and call.device == pair[0].device and call.conditions_hold():
             self._ahead[position] = self.start(session, position, len(call.steps) - 1, *pair)
 
     def begun(self, position: int) -> Job | None:
@@ -196,10 +196,11 @@ class Enter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, trail: Trail, position: int, previous: Tensor, hidden: Tensor) -> Tensor:
         ctx.trail, ctx.position = trail, position
+        ctx.set_materialize_grads(False)
         return hidden.view_as(hidden)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
+    def backward(ctx: Any, grad: Tensor | None) -> Any:
         no_create_graph()
         _, grad_previous = ctx.trail.take(ctx.position - 1)
         return None, None, *ctx.trail.settle([grad_previous, grad])
@@ -215,13 +216,14 @@ class Leave(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, trail: Trail, position: int, pair: Pair, hidden: Tensor) -> tuple[Tensor, Tensor]:
         ctx.trail, ctx.position = trail, position
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*pair)
         call = trail.calls[position]
         previous, current = (decode(state, call.plan.grid_bits, call.dtype) for state in pair)
         return previous, current
 
     @staticmethod
-    def backward(ctx: Any, grad_previous: Tensor, grad: Tensor) -> Any:
+    def backward(ctx: Any, grad_previous: Tensor | None, grad: Tensor | None) -> Any:
         no_create_graph()
         previous, current = ctx.saved_tensors
         ctx.trail.leave(ctx.position, (previous, current), grad_previous)
@@ -238,13 +240,14 @@ class RebuiltLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, trail: Trail, position: int, bits: Tensor, hidden: Tensor, *sources: Tensor) -> Tensor:
         ctx.trail, ctx.position = trail, position
+        ctx.set_materialize_grads(False)  # no gradient is not a gradient of zeros: an optimizer tells them apart
         # Not for their values, but so that autograd notices when one was modified.
         ctx.save_for_backward(*sources)
         call = trail.calls[position]
         return decode(bits, call.plan.grid_bits, call.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad_current: Tensor) -> Any:
+    def backward(ctx: Any, grad_current: Tensor | None) -> Any:
         no_create_graph()
         _ = ctx.saved_tensors  # raises if a source was modified, or if the graph was freed
         trail, position = ctx.trail, ctx.position
@@ -255,9 +258,9 @@ class RebuiltLayer(torch.autograd.Function):
         totals: list[Tensor | None] = [None] * len(call.sources)
         (current, following), grad_previous = trail.take(position)
 
-        lane = trail.engine.lane(grad_current.device)
+        # Flags of PyTorch hold for all threads: where a rebuild has to change them, gradients wait for it.
+        lane = (trail.engine.lane if call.conditions_hold() else inline_lane)(call.device)
         with lane.session() as session:
-            current, following = current.to(grad_current.device), following.to(grad_current.device)
             job = trail.begun(position) or trail.start(session, position, last, current, following)
             scale = 1.0  # what grad_previous still has to be multiplied by: beta where a step of this layer left it
             for i in range(last, -1, -1):
@@ -275,14 +278,15 @@ class RebuiltLayer(torch.autograd.Function):
                     if i == 0:
                         trail.check(call, (current, following))
                     grad_state, *grads = rebuilt.gradients(grad_current)
+                    if grad_current is not None:
+                        call.check_gradients(i, grads)
                     totals = [_sum(total, grad) for total, grad in zip(totals, grads, strict=True)]
                     grad_previous = _sum(grad_state, grad_previous, scale)
                     grad_previous, grad_current, scale = grad_current, grad_previous, beta
-                    if i == 0 and beta != 1:
-                        grad_previous = grad_previous * beta
+                    if i == 0:
+                        grad_previous = _sum(None, grad_previous, beta)
                 del rebuilt, grad_state, grads
             trail.observer.layer_rebuilt(position, (current, following))
-        call.check_gradients(totals)
         if goes_on:
             trail.leave(position - 1, (current, following), grad_previous)
         else:
@@ -292,6 +296,8 @@ class RebuiltLayer(torch.autograd.Function):
 
 def _sum(a: Tensor | None, b: Tensor | None, scale: float = 1.0) -> Any:
     """``a + scale * b``, where ``None`` is zero."""
-    if a is None or b is None:
-        return a if b is None else b if scale == 1 else b * scale
+    if b is None:
+        return a
+    if a is None:
+        return b if scale == 1 else b * scale
     return torch.add(a, b, alpha=scale)

@@ -8,9 +8,9 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from queue import SimpleQueue
 from typing import Any, Protocol
 
 import torch
@@ -77,76 +77,100 @@ class ThreadLane:
     """One persistent worker thread: for the CPU, where it pays if cores are idle.
 
     A session ends only when its work is done: a rebuild swaps the state of the global random number generator while
-    it replays dropout, which nobody else may see, least of all after an exception or a ``KeyboardInterrupt``.
+    it replays dropout, which nobody else may see, least of all after an exception or a ``KeyboardInterrupt``. The latter
+    comes between any two bytecodes of the main thread, and ``concurrent.futures`` does not survive that. So what the two
+    threads share here are single calls into C.
     """
 
     overlaps = True
 
     def __init__(self) -> None:
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pareprop")
+        self._tasks: SimpleQueue[_Task] = SimpleQueue()
+        threading.Thread(target=self._run, name="pareprop", daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            self._tasks.get().run()
 
     @contextmanager
     def session(self) -> Iterator[Session]:
-        session = _ThreadSession(self._worker)
+        session = _ThreadSession(self._tasks)
         try:
             yield session
         except BaseException:
-            session.cancel()
+            session.cancelled = True
             raise
         finally:
             try:
-                session.wait()
+                session.close()
             finally:
-                session.wait()  # again, in case an interrupt came before the first one began
+                session.close()  # again, in case an interrupt came before the first one began
 
 
 class _ThreadSession:
-    def __init__(self, worker: ThreadPoolExecutor):
-        self._worker = worker
-        self._futures: list[Future[Any]] = []
+    def __init__(self, tasks: "SimpleQueue[_Task]"):
+        self._tasks = tasks
+        self._begun: list[_Task] = []
+        self.cancelled = False
 
     def start(self, work: Callable[[], Any]) -> Job:
-        future: Future[Any] = Future()
-        # Noted first: work that an interrupt keeps from being submitted is cancelled, and nothing runs without being noted.
-        self._futures = [*(f for f in self._futures if not f.done()), future]
-        self._worker.submit(_run_into, future, work)
-        return _ThreadJob(future)
+        task = _Task(work)
+        self._begun = [*(t for t in self._begun if not t.finished), task]  # noted before it can run
+        self._tasks.put(task)
+        return task
 
-    def cancel(self) -> None:
-        for future in self._futures:
-            future.cancel()
-
-    def wait(self) -> None:
-        """Until nothing runs any more, whatever interrupts that."""
+    def close(self) -> None:
+        """Wait until nothing runs any more, whatever interrupts that; what has not begun is cancelled after an exception."""
         interrupt = None
         while True:
             try:
-                wait(self._futures)
+                for task in self._begun if self.cancelled else ():
+                    task.cancelled = True
+                    self._tasks.put(task)  # once more, in case an interrupt came before it was put there
+                for task in self._begun:
+                    task.wait()
                 break
             except KeyboardInterrupt as caught:
-                interrupt = caught
-                self.cancel()
+                interrupt, self.cancelled = caught, True
         if interrupt is not None:
             raise interrupt
 
 
-def _run_into(future: "Future[Any]", work: Callable[[], Any]) -> None:
-    if not future.set_running_or_notify_cancel():
-        return
-    try:
-        future.set_result(work())
-    except BaseException as error:  # for whoever asks for the result
-        future.set_exception(error)
+class _Task:
+    """Work for the worker thread, and what became of it."""
 
+    def __init__(self, work: Callable[[], Any]):
+        self._work: Callable[[], Any] | None = work
+        self._value: Any = None
+        self._error: BaseException | None = None
+        self._done = threading.Lock()
+        self._done.acquire()
+        self.finished = self.cancelled = False
 
-class _ThreadJob:
-    def __init__(self, future: "Future[Any]"):
-        self._future: Future[Any] | None = future
+    def run(self) -> None:
+        """On the worker; a second time does nothing."""
+        if self.finished:
+            return
+        work, self._work = self._work, None  # what the work read may be freed when it is done
+        try:
+            if work is not None and not self.cancelled:
+                self._value = work()
+        except BaseException as error:  # for whoever asks for the result
+            self._error = error
+        del work
+        self.finished = True
+        self._done.release()
+
+    def wait(self) -> None:
+        while not self.finished:
+            self._done.acquire(timeout=1)
 
     def result(self) -> Any:
-        future, self._future = self._future, None  # what it holds may be freed when it has served
-        assert future is not None, "the result of a job is asked for once"
-        return future.result()
+        self.wait()
+        if self._error is not None:
+            raise self._error
+        value, self._value = self._value, None
+        return value
 
     def here(self) -> AbstractContextManager[None]:
         return nullcontext()

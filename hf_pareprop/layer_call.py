@@ -123,7 +123,7 @@ class LayerCall:
     _contexts: list[StepContext] = field(default_factory=list)
     _sides: list[list[Tensor]] = field(default_factory=list)
     _state_needs: list[bool] = field(default_factory=list)
-    _promised: set[int] = field(default_factory=set)
+    _promised: list[set[int]] = field(default_factory=list)
     _checksum: Tensor | None = None
 
     @property
@@ -228,16 +228,16 @@ class LayerCall:
         """
         return (previous,) if goes_on else (previous, current)
 
-    def check_gradients(self, gradients: Sequence[Tensor | None]) -> None:
+    def check_gradients(self, step: int, gradients: Sequence[Tensor | None]) -> None:
         """
         Args:
-            gradients: one for each of :attr:`sources`.
+            gradients: of a step, one for each of :attr:`sources`.
 
         Raises:
-            RuntimeError: the layer depends on a source in the forward pass, and in the backward pass no longer does.
+            RuntimeError: the step depends on a source in the forward pass, and in the backward pass no longer does.
         """
         sources = self.sources
-        for i in self._promised:
+        for i in self._promised[step]:
             if gradients[i] is None and sources[i].requires_grad:
                 names = ["an input"] * (len(sources) - len(self.held.parameters)) + [*self.held.parameters]
                 raise RuntimeError(
@@ -245,6 +245,10 @@ class LayerCall:
                     "pass: an adapter was switched, a module replaced or its parameters were moved in between. Keep them, or "
                     f"{AUTOGRAD}"
                 )
+
+    def conditions_hold(self) -> bool:
+        """Whether a rebuild runs as the forward pass did without anything being set for it."""
+        return self._contexts[0].conditions.hold()
 
     def is_resident(self) -> bool:
         """Whether the module has the parameters of the forward pass at hand, rather than shards of them."""
@@ -266,7 +270,7 @@ class LayerCall:
                 "layer nor an input of its steps, so rebuilding the layer would lose its gradient. FSDP1 and the hooks of some "
                 f"offloaders hide parameters like this: use FSDP2, or {AUTOGRAD}"
             )
-        self._promised |= {i - 1 for i in found if i > 0}
+        self._promised.append({i - 1 for i in found if i > 0})
 
     def _with_aliases(self, work: Callable[[], Tensor]) -> tuple[tuple[Tensor, ...], Callable[[], Tensor]]:
         """``work`` with aliases of the forward pass's parameters, and its buffers, in place of those of the module.
@@ -301,10 +305,10 @@ class RebuiltStep:
     dtype: torch.dtype
     previous: Tensor
 
-    def gradients(self, grad: Tensor) -> list[Tensor | None]:
+    def gradients(self, grad: Tensor | None) -> list[Tensor | None]:
         """``J_Phi^T grad``: one gradient per source, ``None`` where there is none. Frees the graph."""
         wanted = [t for t in self.sources if t.requires_grad]
-        if self.graph is None or not wanted:
+        if grad is None or self.graph is None or not wanted:
             return [None] * len(self.sources)
         found = iter(torch.autograd.grad([self.graph], wanted, [grad.to(self.dtype)], allow_unused=True))
         return [next(found) if t.requires_grad else None for t in self.sources]

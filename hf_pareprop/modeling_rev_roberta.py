@@ -1,6 +1,7 @@
 """Reversible RoBERTa: the modules and parameter names of the stock model, its layers coupled reversibly."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,9 +105,14 @@ class RevRobertaSelfAttention(nn.Module):
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs) -> tuple[Tensor, Tensor | None]:
+    def attention_function(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
+        """That of the configuration now; a layer hands it to its steps, so that a rebuild uses that of the forward pass."""
+        return ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, *, attend: Callable[..., Any], **kwargs
+    ) -> tuple[Tensor, Tensor | None]:
         heads = (*hidden_states.shape[:-1], -1, self.attention_head_size)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attend(
             self,
             self.query(hidden_states).view(heads).transpose(1, 2),
@@ -176,10 +182,11 @@ class RevRobertaLayer(nn.Module):
         """From one hidden state to the next, `(batch, length, width)`; `tape` carries what travels beside it."""
         norm_module, norm = tape.norm
         dtype = tape.dtype
+        attend = self.attention.self.attention_function()
 
         def attention_step(state: Tensor, mask: Tensor | None, *norm: Tensor) -> tuple[Tensor, Tensor]:
             hidden_states = apply_norm(norm_module, norm, state.to(dtype))
-            return hidden_states, self.attention(hidden_states, mask, **kwargs)
+            return hidden_states, self.attention(hidden_states, mask, attend=attend, **kwargs)
 
         def mlp_step(state: Tensor, mask: Tensor | None, *norm: Tensor) -> tuple[Tensor, Tensor]:
             hidden_states = self.attention.output.LayerNorm(state.to(dtype))
@@ -201,6 +208,8 @@ def apply_norm(module: nn.Module | None, parameters: Sequence[Tensor], state: Te
     """`module`, with `parameters` for its own, applied to `state`; before the first layer there is none."""
     if module is None:
         return state
+    if torch.jit.is_tracing():  # which functional_call refuses
+        return module(state)
     return functional_call(module, dict(zip(named_parameters_of(module), parameters, strict=True)), (state,))
 
 

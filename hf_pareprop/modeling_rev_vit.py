@@ -1,6 +1,7 @@
 """Reversible ViT: the modules of the stock model under their Hub names, its layers coupled reversibly."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -128,9 +129,14 @@ class RevViTSelfAttention(nn.Module):
         self.key = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
         self.value = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs) -> tuple[Tensor, Tensor | None]:
+    def attention_function(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
+        """That of the configuration now; a layer hands it to its steps, so that a rebuild uses that of the forward pass."""
+        return ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, *, attend: Callable[..., Any], **kwargs
+    ) -> tuple[Tensor, Tensor | None]:
         heads = (*hidden_states.shape[:-1], -1, self.attention_head_size)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attend(
             self,
             self.query(hidden_states).view(heads).transpose(1, 2),
@@ -183,9 +189,10 @@ class RevViTLayer(nn.Module):
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, tape: Tape, **kwargs) -> Tensor:
         """From one hidden state to the next, `(batch, patches, width)`; `tape` carries what travels beside it."""
         dtype = tape.dtype
+        attend = self.attention.attention.attention_function()
 
         def attention_step(state: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-            return state, self.attention(self.layernorm_before(state.to(dtype)), mask, **kwargs)
+            return state, self.attention(self.layernorm_before(state.to(dtype)), mask, attend=attend, **kwargs)
 
         def mlp_step(state: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
             return state, self.output(self.intermediate(self.layernorm_after(state.to(dtype))))

@@ -78,6 +78,11 @@ class Conditions:
         """The autocast of the forward pass."""
         return _autocast(self._autocast)
 
+    def hold(self) -> bool:
+        """Whether flags and modes are what they were; autocast is each thread's own."""
+        flags = all(read() == then for (read, _), then in zip(FLAGS, self._flags, strict=True))
+        return flags and all(m.training == then for m, then in zip(self._modules, self._training, strict=True))
+
     @contextmanager
     def restored(self) -> Iterator[None]:
         """All of it. What is the same now, as it mostly is, is not touched."""

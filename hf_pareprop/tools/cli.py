@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from ..lanes import side_lane
 from ..modeling_reversible import ReversiblePreTrainedModel
-from ..plan import DEFAULT_GRID_BITS, parse_size
+from ..plan import CONVERTED_BETA, DEFAULT_GRID_BITS, parse_size
 from .architectures import architecture_of
 from .bench import (
     batch_for,
@@ -36,8 +36,6 @@ from .inputs import random_batch, real_batches
 from .memory import memory_growth
 from .records import device_name, size_in_words, software
 from .verify import verify as verify_step
-
-DEFAULT_BETA = 0.03125
 
 TIMING_SECONDS = 120.0
 """After which `bench` begins no further round."""
@@ -74,12 +72,14 @@ Calibrate = Annotated[
 def convert(
     src: Src,
     out: Out,
-    beta: Annotated[float, typer.Option(help="Coupling: 1, 0.5, 0.25, …; smaller is closer to SRC.")] = DEFAULT_BETA,
+    beta: Annotated[float, typer.Option(help="Coupling: 1, 0.5, 0.25, …; smaller is closer to SRC.")] = CONVERTED_BETA,
     layers: Annotated[
         str | None,
         typer.Option(help="Only these layers become reversible: 4-11, or 0-3,8-11. Others store activations."),
     ] = None,
-    grid_bits: Annotated[int, typer.Option(help="Bits after the binary point of the states.")] = DEFAULT_GRID_BITS,
+    grid_bits: Annotated[
+        int, typer.Option(help="Bits after the binary point of the states, which stay below 2**(30 - bits).")
+    ] = DEFAULT_GRID_BITS,
     dtype: Annotated[Dtype, typer.Option(help="Of the weights written; auto: as they are.")] = "auto",
     calibrate: Calibrate = None,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read pickled weights (tensors only).")] = False,
@@ -208,7 +208,7 @@ def bench(
     memory_cap: Annotated[
         str | None, typer.Option(help="What training may take, such as 16GB; default: the device's memory.")
     ] = None,
-    beta: Annotated[float, typer.Option(help="Coupling of the reversible model, measured beside 1.")] = DEFAULT_BETA,
+    beta: Annotated[float, typer.Option(help="Coupling of the reversible model, measured beside 1.")] = CONVERTED_BETA,
     autocast: Annotated[
         Literal["auto", "none", "bf16"], typer.Option(help="Compute in bf16 autocast; auto: on CUDA.")
     ] = "auto",

@@ -1,0 +1,85 @@
+"""A KeyboardInterrupt in the middle of a backward pass: random numbers go on where they were, and the next step is right."""
+
+import signal
+import time
+
+import pytest
+import torch
+from families import FAMILIES, assert_same, step
+
+from hf_pareprop import lanes
+
+TIMES = 60
+
+
+@pytest.fixture
+def interrupt():
+    """Raises a KeyboardInterrupt in this thread after so many seconds, as Ctrl-C would, unless it is called with 0."""
+    if not hasattr(signal, "setitimer"):
+        pytest.skip("needs a timer that sends signals")
+
+    def handle(number, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, handle)
+    yield lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("place", ["inline", "thread"])
+def test_interrupts_at_any_time(interrupt, place):
+    family = FAMILIES["vit"]
+    model, batch = family.build(6, 0.3, beta=0.5), family.batch()
+    reference = step(model, batch, "autograd")
+    lane = lanes.ThreadLane() if place == "thread" else lanes.InlineLane()
+    with lanes.replaced(lambda device: lane):
+        step(model, batch, "pareprop")
+        torch.manual_seed(7)
+        loss = model(**batch).loss
+        begin = time.perf_counter()
+        loss.backward()
+        duration = time.perf_counter() - begin
+        interrupted = 0
+        for i in range(TIMES):
+            model.zero_grad()
+            torch.manual_seed(7)
+            loss = model(**batch).loss
+            state = torch.get_rng_state()
+            try:
+                interrupt(max(1e-5, duration * i / TIMES))
+                loss.backward()
+                interrupt(0)
+            except KeyboardInterrupt:
+                interrupted += 1
+            assert torch.equal(state, torch.get_rng_state())
+            again = step(model, batch, "pareprop")
+            assert torch.equal(reference[0], again[0])
+            assert_same(reference[1], again[1])
+    assert interrupted > TIMES / 4
+
+
+def test_an_impatient_user(interrupt):
+    """A second interrupt while the first one waits for the worker still waits for it."""
+    done = []
+
+    def work():
+        time.sleep(0.3)
+        done.append(1)
+
+    with pytest.raises(KeyboardInterrupt), lanes.ThreadLane().session() as session:
+        session.start(work)
+        time.sleep(0.05)
+        interrupt(0.1)
+        raise KeyboardInterrupt
+    assert done == [1]
+
+
+def test_work_that_has_not_begun_is_cancelled():
+    done = []
+    with pytest.raises(KeyError), lanes.ThreadLane().session() as session:
+        session.start(lambda: time.sleep(0.1))
+        session.start(lambda: done.append(1))
+        raise KeyError
+    time.sleep(0.2)
+    assert not done

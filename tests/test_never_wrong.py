@@ -1,0 +1,836 @@
+"""What users do around a training step: gradients are those of plain autograd, bit for bit, or an exception says why not.
+
+Every event runs around one training step of a model of six layers, with the `autograd` engine, which stores everything, and
+with the engines that rebuild.
+"""
+
+import copy
+import gc
+import threading
+
+import pytest
+import torch
+from families import FAMILIES, assert_same, cast, gradients, step
+from torch import nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+ENGINES = ["reprop", "pareprop"]
+BETAS = [1.0, 0.5, 1 / 32, 1 / 256]
+
+REFUSED = "are not those of the forward pass|set_backward_engine\\('autograd'\\)|modified by an inplace operation"
+
+
+def layers(model):
+    return model.base_model.encoder.layer
+
+
+def loss_of(model, batch):
+    return model(**batch).loss
+
+
+def outcome(event, model, batch, engine):
+    """The gradients by name after ``event``, which trains one step of a copy of ``model``."""
+    model = copy.deepcopy(model)
+    model.set_backward_engine(engine)
+    torch.manual_seed(7)
+    event(model, batch)
+    return gradients(model)
+
+
+def assert_right(event, model, batch, engine):
+    reference = outcome(event, model, batch, "autograd")
+    assert sum(g.abs().sum() for g in reference.values()) > 0
+    assert_same(reference, outcome(event, model, batch, engine))
+
+
+# Between the layers
+
+
+def changing(change):
+    def event(model, batch):
+        layers(model)[2].register_forward_hook(lambda module, args, output: change(output))
+        loss_of(model, batch).backward()
+
+    return event
+
+
+def add_in_place(hidden):
+    hidden.add_(0.3)
+
+
+def learned_prompt(model, batch):
+    """Deep prompt tuning: learned states in place of the first two tokens of a layer's input."""
+    prompt = nn.Parameter(torch.linspace(-1, 1, 2 * 32).view(2, 32))
+    model.register_parameter("prompt", prompt)
+
+    def put(module, args):
+        return (torch.cat([prompt.expand(len(args[0]), -1, -1), args[0][:, 2:]], dim=1), *args[1:])
+
+    layers(model)[3].register_forward_pre_hook(put)
+    loss_of(model, batch).backward()
+
+
+def auxiliary(where, weight=1.0):
+    """A loss on what a layer returns, beside the model's own or alone."""
+
+    def event(model, batch):
+        kept = []
+        layers(model)[where].register_forward_hook(lambda module, args, output: kept.append(output))
+        (weight * loss_of(model, batch) + kept[0].sin().mean()).backward()
+
+    return event
+
+
+def auxiliary_alone(model, batch):
+    kept = []
+    layers(model)[3].register_forward_hook(lambda module, args, output: kept.append(output))
+    loss_of(model, batch)
+    kept[0].sin().mean().backward()
+
+
+def of_hidden_states(model, batch):
+    outputs = model(**batch, output_hidden_states=True)
+    (outputs.loss + sum(state.float().sin().mean() for state in outputs.hidden_states)).backward()
+
+
+def of_one_hidden_state_alone(model, batch):
+    model(**batch, output_hidden_states=True).hidden_states[3].float().sin().mean().backward()
+
+
+BETWEEN = {
+    "steering": changing(lambda hidden: hidden + 0.3),
+    "copied": changing(lambda hidden: hidden.clone()),
+    "detached": changing(lambda hidden: hidden.detach()),
+    "replaced by a constant": changing(lambda hidden: torch.full_like(hidden, 0.1)),
+    "scaled in place": changing(add_in_place),
+    "normalised": changing(lambda hidden: nn.functional.normalize(hidden, dim=-1)),
+    "transposed memory": changing(lambda hidden: hidden.transpose(0, 1).contiguous().transpose(0, 1)),
+    "gradient scaled": changing(lambda hidden: hidden.detach() + 0.5 * (hidden - hidden.detach())),
+    "deep prompt": learned_prompt,
+    "auxiliary loss, first layer": auxiliary(0),
+    "auxiliary loss, middle": auxiliary(2),
+    "auxiliary loss, last layer": auxiliary(5),
+    "auxiliary loss alone": auxiliary_alone,
+    "hidden states": of_hidden_states,
+    "one hidden state alone": of_one_hidden_state_alone,
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("beta", [*BETAS, [0.5, 0, 1, 0.25, 0.25, 1]], ids=str)
+@pytest.mark.parametrize("event", BETWEEN.values(), ids=BETWEEN)
+def test_hidden_states_between_layers(family, lane, engine, beta, event):
+    assert_right(event, family.build(6, 0.1, beta=beta), family.batch(), engine)
+
+
+def test_hidden_states_are_those_of_the_autograd_engine(family):
+    """And with them nothing is stored but a pair of states for each: the engine stays what it is."""
+    model, batch = family.build(4, 0.1, beta=0.5), family.batch()
+    found = []
+    for engine in ("autograd", "reprop"):
+        model.set_backward_engine(engine)
+        torch.manual_seed(3)
+        found.append(model(**batch, output_hidden_states=True).hidden_states)
+    assert len(found[0]) == 5
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+# Inside the layers
+
+
+def captured(part, observe):
+    """An auxiliary loss on an activation inside a layer."""
+
+    def event(model, batch):
+        kept = []
+        observe(part(layers(model)[1]), kept)
+        (loss_of(model, batch) + 10 * kept[0].float().pow(2).mean()).backward()
+
+    return event
+
+
+def by_hook(module, kept):
+    module.register_forward_hook(
+        lambda m, args, output: kept.append(output[0] if isinstance(output, tuple) else output)
+    )
+
+
+def by_pre_hook(module, kept):
+    module.register_forward_pre_hook(lambda m, args: kept.append(args[0]))
+
+
+def by_patched_forward(module, kept):
+    original = module.forward
+
+    def forward(*args, **kwargs):
+        output = original(*args, **kwargs)
+        kept.append(output)
+        return output
+
+    module.forward = forward
+
+
+def input_by_patched_forward(module, kept):
+    original = module.forward
+
+    def forward(first, *args, **kwargs):
+        kept.append(first)
+        return original(first, *args, **kwargs)
+
+    module.forward = forward
+
+
+def attention_norm(layer):
+    return getattr(layer, "layernorm_before", None) or layer.attention.output.LayerNorm
+
+
+PARTS = {
+    "attention": lambda layer: layer.attention,
+    "attention output": lambda layer: layer.attention.output,
+    "intermediate": lambda layer: layer.intermediate,
+    "norm": attention_norm,
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("observe", [by_hook, by_pre_hook])
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+def test_a_hook_inside_a_layer_has_it_store_its_activations(family, engine, part, observe):
+    model, batch = family.build(6, 0.1, beta=0.5), family.batch()
+    event = captured(part, observe)
+    reference = outcome(event, model, batch, "autograd")
+    with pytest.warns(UserWarning, match="store their activations"):
+        found = outcome(event, model, batch, engine)
+    assert_same(reference, found)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("observe", [by_patched_forward, input_by_patched_forward])
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+def test_an_activation_taken_without_a_hook_is_refused(family, engine, part, observe):
+    model, batch = family.build(6, 0.1, beta=0.5), family.batch()
+    with pytest.raises(RuntimeError, match="used outside of it"):
+        outcome(captured(part, observe), model, batch, engine)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_global_hook_counts_as_one_on_every_module(family, engine):
+    model, batch = family.build(3, 0.1, beta=0.5), family.batch()
+    kept = []
+
+    def event(model, batch):
+        kept.clear()
+        loss = loss_of(model, batch)
+        (loss + sum(o.float().sin().mean() for o in kept)).backward()
+
+    def keep(module, args, output):
+        if isinstance(module, nn.LayerNorm):
+            kept.append(output)
+
+    handle = nn.modules.module.register_module_forward_hook(keep)
+    try:
+        with pytest.warns(UserWarning, match="store their activations"):
+            assert_right(event, model, batch, engine)
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_hooks_on_gradients_inside_a_layer(family, engine, register):
+    """They see, and may change, the gradients of a rebuilt layer as of any other."""
+    calls = []
+
+    def double(module, *grads):
+        calls.append(module)
+        return tuple(None if g is None else 2 * g for g in grads[0])
+
+    def event(model, batch):
+        getattr(layers(model)[1].output.dense, register)(double)
+        loss_of(model, batch).backward()
+
+    assert_right(event, family.build(4, beta=0.5), family.batch(), engine)
+    assert len(calls) == 2
+
+
+# What layers there are
+
+
+def truncated(model, batch):
+    model.base_model.encoder.layer = layers(model)[:3]
+    loss_of(model, batch).backward()
+
+
+def topped(model, batch):
+    model.base_model.encoder.layer = layers(model)[3:]
+    loss_of(model, batch).backward()
+
+
+def shared(model, batch):
+    layers(model)[1] = layers(model)[0]
+    loss_of(model, batch).backward()
+
+
+def repeated(model, batch):
+    layers(model).append(layers(model)[2])
+    loss_of(model, batch).backward()
+
+
+def reversed_order(model, batch):
+    model.base_model.encoder.layer = nn.ModuleList(reversed(layers(model)))
+    loss_of(model, batch).backward()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("event", [truncated, topped, shared, repeated, reversed_order])
+def test_layers_changed_after_construction(family, lane, engine, beta, event):
+    assert_right(event, family.build(6, 0.1, beta=beta), family.batch(), engine)
+
+
+def test_a_list_of_betas_has_to_fit_the_layers(family):
+    model = family.build(4, beta=[1, 0.5, 0, 1])
+    model.base_model.encoder.layer = layers(model)[1:]
+    with pytest.raises(ValueError, match="4 entries but the model has 3 layers"):
+        model(**family.batch())
+
+
+def test_a_layer_that_runs_twice_in_one_pass_is_refused(family):
+    model = family.build(3, beta=0.5)
+    layer = layers(model)[1]
+    original = layer.forward
+    layer.forward = lambda hidden, *args, **kwargs: original(original(hidden, *args, **kwargs), *args, **kwargs)
+    with pytest.raises(RuntimeError, match="more than 3 layers were called"):
+        model(**family.batch())
+
+
+# Conditions and values that change between the forward pass and its backward
+
+
+def evaluated(model, batch):
+    loss = loss_of(model, batch)
+    model.eval()
+    loss.backward()
+    assert not any(module.training for module in model.modules())
+
+
+def with_other_kernels(model, batch):
+    with sdpa_kernel(SDPBackend.MATH):
+        loss = loss_of(model, batch)
+    loss.backward()
+
+
+def with_kernels_of_the_backward(model, batch):
+    loss = loss_of(model, batch)
+    with sdpa_kernel(SDPBackend.MATH):
+        loss.backward()
+
+
+def without_mkldnn(model, batch):
+    with torch.backends.mkldnn.flags(enabled=False):
+        loss = loss_of(model, batch)
+    loss.backward()
+
+
+def with_another_default_dtype(model, batch):
+    loss = loss_of(model, batch)
+    torch.set_default_dtype(torch.float64)
+    try:
+        loss.backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def switched_attention(model, batch):
+    loss = loss_of(model, batch)
+    model.set_attn_implementation("eager")
+    loss.backward()
+
+
+CONDITIONS = [evaluated, with_other_kernels, with_kernels_of_the_backward, without_mkldnn, with_another_default_dtype]
+CONDITIONS += [switched_attention]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("event", CONDITIONS)
+def test_conditions_of_the_forward_pass_are_replayed(family, lane, engine, beta, event):
+    assert_right(event, family.build(6, 0.1, beta=beta), family.batch(), engine)
+
+
+def functional(model, batch):
+    """The parameters and buffers of one call, which are not those of the model."""
+    given = {n: (p.detach() * 0.9).requires_grad_() for n, p in model.named_parameters()}
+    functional_call(model, given, (), batch).loss.backward()
+    for name, parameter in model.named_parameters():
+        parameter.grad = given[name].grad
+
+
+def computed_parameters(model, batch):
+    """As hypernetworks have them: the gradient goes on to what they were computed from."""
+    factor = nn.Parameter(torch.ones(()))
+    given = {n: p.detach() * factor for n, p in model.named_parameters()}
+    functional_call(model, given, (), batch).loss.backward()
+    model.register_parameter("factor", factor)
+
+
+def replaced_parameter(model, batch):
+    loss = loss_of(model, batch)
+    dense = layers(model)[1].output.dense
+    before, dense.weight = dense.weight, nn.Parameter(torch.zeros_like(dense.weight))
+    loss.backward()
+    dense.weight = before
+
+
+def frozen_afterwards(model, batch):
+    loss = loss_of(model, batch)
+    layers(model)[1].output.dense.weight.requires_grad_(False)
+    loss.backward()
+
+
+def weight_norm(model, batch):
+    nn.utils.parametrizations.weight_norm(layers(model)[2].output.dense)
+    loss_of(model, batch).backward()
+
+
+def shared_weight(model, batch):
+    layers(model)[1].output.dense.weight = layers(model)[3].output.dense.weight
+    loss_of(model, batch).backward()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize(
+    "event", [functional, computed_parameters, replaced_parameter, frozen_afterwards, weight_norm, shared_weight]
+)
+def test_parameters_as_the_forward_pass_saw_them(family, lane, engine, beta, event):
+    assert_right(event, family.build(6, 0.1, beta=beta), family.batch(), engine)
+
+
+def replaced_module(model, batch):
+    loss = loss_of(model, batch)
+    layers(model)[1].output = copy.deepcopy(layers(model)[2].output)
+    loss.backward()
+
+
+def written_past_the_version(model, batch):
+    loss = loss_of(model, batch)
+    layers(model)[1].output.dense.weight.data = layers(model)[1].output.dense.weight.data * 1.1
+    loss.backward()
+
+
+def modified_buffer(model, batch):
+    layer = layers(model)[1]
+    layer.register_buffer("shift", torch.zeros(()))
+    dense, original = layer.output.dense, layer.output.dense.forward
+    dense.forward = lambda x: original(x) + layer.shift
+    loss = loss_of(model, batch)
+    layer.shift.add_(1)
+    loss.backward()
+
+
+def not_a_function(model, batch):
+    calls = []
+    dense = layers(model)[1].output.dense
+    original = dense.forward
+
+    def forward(x):
+        calls.append(1)
+        return original(x) + len(calls)
+
+    dense.forward = forward
+    loss_of(model, batch).backward()
+
+
+def other_rows(model, batch):
+    """The same numbers in another order of rows, which a plain sum would not notice."""
+    calls = []
+    dense = layers(model)[1].output.dense
+    original = dense.forward
+
+    def forward(x):
+        calls.append(1)
+        return original(x).roll(len(calls), dims=0)
+
+    dense.forward = forward
+    loss_of(model, batch).backward()
+
+
+REFUSABLE = [replaced_module, written_past_the_version, modified_buffer, not_a_function, other_rows]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("event", REFUSABLE)
+def test_what_cannot_be_replayed_is_refused(family, lane, engine, beta, event):
+    with pytest.raises(RuntimeError, match=REFUSED):
+        outcome(event, family.build(6, 0.1, beta=beta), family.batch(), engine)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_nothing_wrong_is_accumulated_before_the_check(family, engine):
+    """Every layer is checked before its gradients leave it: above the wrong one they are right, below there are none."""
+    model, batch = family.build(6, beta=0.5), family.batch()
+    reference = step(model, batch, "autograd")[1]
+    model.zero_grad()
+    model.set_backward_engine(engine)
+    loss = loss_of(model, batch)
+    layers(model)[2].output = copy.deepcopy(layers(model)[1].output)
+    with pytest.raises(RuntimeError, match=REFUSED):
+        loss.backward()
+    found = gradients(model)
+    assert any(".layer.3." in name for name in found)
+    assert not any(f".layer.{i}." in name or "embeddings" in name for name in found for i in (0, 1, 2))
+    assert all(torch.equal(grad, reference[name]) for name, grad in found.items())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_check_sees_a_backward_pass_of_a_few_layers(family, engine):
+    """`torch.autograd.grad` of upper parameters never comes to the bottom of the chain."""
+    model, batch = family.build(6, beta=0.5), family.batch()
+    model.set_backward_engine(engine)
+    loss = loss_of(model, batch)
+    layers(model)[4].output = copy.deepcopy(layers(model)[1].output)
+    with pytest.raises(RuntimeError, match=REFUSED):
+        torch.autograd.grad(loss, list(layers(model)[3].parameters()))
+
+
+def spectral(register):
+    def event(model, batch):
+        register(layers(model)[2].output.dense)
+        loss_of(model, batch).backward()
+
+    return event
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_parametrization_that_changes_its_buffers_is_refused(family, engine):
+    """Spectral normalisation iterates every time it is used in training."""
+    event = spectral(nn.utils.parametrizations.spectral_norm)
+    with pytest.raises(RuntimeError, match="changes its buffer .*set_backward_engine"):
+        outcome(event, family.build(4, beta=0.5), family.batch(), engine)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_older_spectral_norm_has_its_layer_store_activations(family, engine):
+    event = spectral(nn.utils.spectral_norm)
+    model, batch = family.build(4, beta=0.5), family.batch()
+    with pytest.warns(UserWarning, match="store their activations"):
+        assert_right(event, model, batch, engine)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_mask_that_is_overwritten(engine):
+    """A padding mask as large as attention's, which the model reads and does not copy."""
+    family = FAMILIES["roberta"]
+    model, batch = family.build(4, beta=0.5, attn_implementation="eager"), family.batch()
+    batch["attention_mask"] = torch.zeros(3, 1, 11, 11)
+
+    def event(model, batch):
+        mask = batch["attention_mask"].clone()
+        loss = model(**{**batch, "attention_mask": mask}).loss
+        mask.fill_(-1e4)
+        loss.backward()
+
+    with pytest.raises(RuntimeError, match=REFUSED):
+        outcome(event, model, batch, engine)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("beta", BETAS)
+def test_a_learned_mask(engine, precision, attention, beta):
+    """PyTorch chooses other kernels for a mask that needs a gradient, so the forward pass has to run with one."""
+    family = FAMILIES["roberta"]
+    model, batch = family.build(6, beta=beta, attn_implementation=attention), family.batch()
+    dtype = torch.float32
+    if precision == "bf16":
+        model, batch, dtype = model.to(torch.bfloat16), cast(batch, torch.bfloat16), torch.bfloat16
+    bias = torch.linspace(-2, 2, 11 * 11).view(1, 1, 11, 11).expand(3, 4, 11, 11).to(dtype)
+    found = []
+    for name in ("autograd", engine):
+        mask = bias.clone().requires_grad_()
+        _, grads, _ = step(model, {**batch, "attention_mask": mask}, name)
+        found.append({**grads, "mask": mask.grad})
+    assert found[0]["mask"].abs().sum() > 0
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_tensor_that_the_layer_does_not_own(family, engine):
+    """A parameter of somebody else, which a rebuilt layer would give no gradient to."""
+    model, batch = family.build(3, beta=0.5), family.batch()
+    scale = nn.Parameter(torch.ones(()))
+    dense, original = layers(model)[1].output.dense, layers(model)[1].output.dense.forward
+    dense.forward = lambda x: original(x) * scale
+    step(model, batch, "autograd")
+    assert scale.grad is not None
+    with pytest.raises(RuntimeError, match="neither a parameter of the layer nor an input"):
+        step(model, batch, engine)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_adapter_that_is_switched(family, engine):
+    """Before training two adapters compute the same, so the states do not show which one ran: the gradients do."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["query"], r=2)
+    model = peft.get_peft_model(family.build(3, beta=0.5), config)
+    model.add_adapter("other", config)
+    model.base_model.model.set_backward_engine(engine)
+    loss = model(**family.batch()).loss
+    model.set_adapter("other")
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            parameter.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="got no gradient"):
+        loss.backward()
+
+
+# Numbers of any size
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("planted, grid_bits", [(9e3, 16), (3e4, 12), (1e6, 8)])
+def test_large_states_are_exact(family, engine, beta, planted, grid_bits):
+    def event(model, batch):
+        with torch.no_grad():
+            layers(model)[3].output.dense.bias[5] = planted
+        loss_of(model, batch).backward()
+
+    assert_right(event, family.build(6, beta=beta, grid_bits=grid_bits), family.batch(), engine)
+
+
+@pytest.mark.parametrize("engine", ["autograd", *ENGINES])
+@pytest.mark.parametrize("beta", [1.0, 1 / 32])
+@pytest.mark.parametrize("value", [3e4, -1e6, 1e30, float("inf"), float("nan")])
+@pytest.mark.parametrize("where", [0, 3, 5])
+def test_what_leaves_the_range_reaches_the_loss(family, engine, beta, value, where):
+    model = family.build(6, beta=beta, backward_engine=engine)
+    with torch.no_grad():
+        layers(model)[where].output.dense.bias[1] = value
+    with pytest.warns(UserWarning, match="the outputs of that forward pass are NaN"):
+        loss = loss_of(model, family.batch())
+    assert loss.isnan()
+    loss.backward()
+
+
+@pytest.mark.parametrize("engine", ["autograd", *ENGINES])
+def test_a_peak_inside_the_chain_reaches_the_loss(family, engine):
+    """A state that leaves the range and comes back, as it would unseen in wrapping integers."""
+    model = family.build(6, beta=1.0, backward_engine=engine)
+    with torch.no_grad():
+        layers(model)[4].attention.output.dense.bias[3] = -20000
+        layers(model)[5].attention.output.dense.bias[3] = 20000
+    with pytest.warns(UserWarning, match="reached 2e\\+04, and at grid_bits=16 they have to stay below 16384"):
+        assert loss_of(model, family.batch()).isnan()
+
+
+@pytest.mark.parametrize("engine", ["autograd", *ENGINES])
+def test_a_nan_in_one_sample(engine):
+    family = FAMILIES["vit"]
+    model, batch = family.build(3, beta=0.5, backward_engine=engine), family.batch()
+    batch["pixel_values"][1, 0, 3, 3] = float("nan")
+    with pytest.warns(UserWarning, match="held an infinity or a NaN"):
+        assert loss_of(model, batch).isnan()
+
+
+# Threads, random numbers
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_models_in_two_threads(lane, engine):
+    """Each step is the one it would be alone."""
+    models = {name: FAMILIES[name].build(4, beta=0.5) for name in FAMILIES}
+    references = {name: step(model, FAMILIES[name].batch(), "autograd")[1] for name, model in models.items()}
+    trouble = []
+
+    def train(name):
+        model, batch = models[name], FAMILIES[name].batch()
+        model.set_backward_engine(engine)
+        try:
+            for _ in range(15):
+                model.zero_grad()
+                loss_of(model, batch).backward()
+                assert_same(references[name], gradients(model))
+        except BaseException as error:
+            trouble.append(error)
+
+    threads = [threading.Thread(target=train, args=(name,)) for name in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not trouble
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_thread_that_draws_random_numbers_is_noticed(family, lane, engine):
+    """Its draws go between those of a step's two dropouts, so that the step cannot be replayed."""
+    model, batch = family.build(4, 0.3, beta=0.5), family.batch()
+    dense, original = layers(model)[1].output.dense, layers(model)[1].output.dense.forward
+    calls = []
+
+    def forward(x):
+        calls.append(1)
+        if len(calls) == 1:  # in the forward pass
+            thread = threading.Thread(target=torch.rand, args=(3,))
+            thread.start()
+            thread.join()
+        return original(x)
+
+    dense.forward = forward
+    model.set_backward_engine(engine)
+    loss = loss_of(model, batch)
+    with pytest.raises(RuntimeError, match="draws random numbers"):
+        loss.backward()
+
+
+def test_the_check_would_notice_dropout_that_is_not_replayed(family, monkeypatch):
+    """A control of the controls: without the generators' states every step with dropout is refused."""
+    from hf_pareprop import replay
+
+    monkeypatch.setattr(replay, "generators", lambda device: [])
+    with pytest.raises(RuntimeError, match="are not those of the forward pass"):
+        step(family.build(3, 0.3, beta=0.5), family.batch(), "reprop")
+
+
+# Ways to run a step
+
+
+def checkpointed(reentrant):
+    def event(model, batch):
+        anchor = torch.ones((), requires_grad=True)
+
+        def run(anchor):
+            return loss_of(model, batch) * anchor
+
+        checkpoint(run, anchor, use_reentrant=reentrant).backward()
+
+    return event
+
+
+def saved_by_hooks(model, batch):
+    with torch.autograd.graph.save_on_cpu():
+        loss = loss_of(model, batch)
+    loss.backward()
+
+
+def in_another_thread(model, batch):
+    loss = loss_of(model, batch)
+    thread = threading.Thread(target=loss.backward)
+    thread.start()
+    thread.join()
+
+
+def of_several_parts(model, batch):
+    """Gradients of the upper layers first, then of all."""
+    loss = loss_of(model, batch)
+    torch.autograd.grad(loss, list(layers(model)[4].parameters()), retain_graph=True)
+    loss.backward()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("beta", [1.0, 1 / 32])
+@pytest.mark.parametrize(
+    "event",
+    [checkpointed(False), checkpointed(True), saved_by_hooks, in_another_thread, of_several_parts],
+    ids=["checkpointed", "checkpointed, reentrant", "saved by hooks", "in another thread", "of several parts"],
+)
+def test_ways_to_run_a_step(family, lane, engine, beta, event):
+    assert_right(event, family.build(6, 0.1, beta=beta), family.batch(), engine)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_partial_backward_leaves_nothing_for_the_next(family, engine):
+    """A layer below the part takes nothing that an earlier backward pass left for it."""
+    model, batch = family.build(4, beta=0.5), family.batch()
+    model.set_backward_engine(engine)
+    kept = []
+    original = layers(model)[1].forward
+
+    def forward(*args, **kwargs):
+        output = original(*args, **kwargs)
+        kept.append(output)
+        return output
+
+    layers(model)[1].forward = forward
+    loss = loss_of(model, batch)
+    torch.autograd.grad(loss, list(layers(model)[2].parameters()), retain_graph=True)
+    with pytest.raises(RuntimeError, match="not from the layers above"):
+        kept[0].sum().backward()
+
+
+@pytest.mark.parametrize("fail", ["create_graph", "modified parameter"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_failed_step_leaves_no_memory_behind(family, engine, fail):
+    model, batch = family.build(4, 0.1, beta=0.5), family.batch()
+    model.set_backward_engine(engine)
+
+    def failing_step():
+        model.zero_grad()
+        loss = loss_of(model, batch)
+        if fail == "modified parameter":
+            with torch.no_grad():
+                layers(model)[2].output.dense.weight.mul_(1.0)
+        with pytest.raises(RuntimeError):
+            loss.backward(create_graph=fail == "create_graph")
+
+    def tensors():
+        gc.collect()
+        return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+
+    failing_step()
+    model.zero_grad()
+    before = tensors()
+    for _ in range(3):
+        failing_step()
+    model.zero_grad()
+    assert tensors() == before
+
+
+def test_torch_func_needs_the_autograd_engine(family):
+    model, batch = family.build(3, beta=0.5), family.batch()
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters):
+        return functional_call(model, parameters, (), batch).loss
+
+    model.set_backward_engine("pareprop")
+    with pytest.raises(RuntimeError, match="torch.func .*set_backward_engine"):
+        torch.func.grad(loss)(parameters)
+    reference = step(model, batch, "autograd")[1]
+    found = torch.func.grad(loss)(parameters)
+    assert_same(reference, {name: found[name] for name in reference})
+
+
+def test_a_traced_model(family):
+    model, batch = family.build(3, beta=0.5).eval(), family.batch()
+    model.set_backward_engine("autograd")
+    del batch["labels"]
+    names = list(batch)
+
+    class Logits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, *values):
+            return self.model(**dict(zip(names, values, strict=True))).logits
+
+    traced = torch.jit.trace(Logits(), tuple(batch.values()), check_trace=False)
+    others = {n: v.flip(0) for n, v in batch.items()}
+    assert torch.equal(traced(*others.values()), model(**others).logits)
+
+
+def test_dynamic_quantisation_reaches_every_linear_layer(family):
+    model = family.build(3, beta=0.5).eval()
+    linears = sum(isinstance(module, nn.Linear) for module in model.modules())
+    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    found = sum("quantized" in type(module).__module__ for module in quantised.modules())
+    assert linears > 0 and not any(type(module) is nn.Linear for module in quantised.modules())
+    assert found >= linears
+    assert quantised(**family.batch()).logits.isfinite().all()
