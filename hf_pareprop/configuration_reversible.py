@@ -7,7 +7,7 @@ from transformers.utils import logging
 
 from .plan import CONVERTED_BETA, DEFAULT_GRID_BITS, LayerPlan, check_engine, parse_budget, plan_layers
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger("transformers.hf_pareprop")  # so that the verbosity of transformers holds for it
 
 REMOVED = {
     "anchor_every": "states are exact at any depth, so anchors are not needed",

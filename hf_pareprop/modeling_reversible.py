@@ -18,7 +18,7 @@ from .plan import LayerPlan, check_engine, plan_layers
 from .retention import Retention
 from .tape import Tape
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger("transformers.hf_pareprop")  # so that the verbosity of transformers holds for it
 
 
 def requested(name: str, config: PreTrainedConfig, kwargs: dict[str, Any]) -> bool:
