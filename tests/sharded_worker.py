@@ -1,0 +1,63 @@
+"""Run by test_sharded.py in two processes: engines that rebuild against `autograd` under the same wrapping, or refused."""
+
+import functools
+import sys
+
+import torch
+import torch.distributed as dist
+from families import FAMILIES
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
+
+
+def finer_than_a_layer(model):
+    for layer in model.base_model.encoder.layer:
+        for part in (layer.attention, layer.intermediate, layer.output):
+            fully_shard(part, mesh=mesh)
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def fsdp1(model, strategy):
+    policy = functools.partial(
+        transformer_auto_wrap_policy, transformer_layer_cls={type(model.base_model.encoder.layer[0])}
+    )
+    return FullyShardedDataParallel(
+        model,
+        auto_wrap_policy=policy,
+        use_orig_params=True,
+        sharding_strategy=ShardingStrategy[strategy],
+        device_id=torch.device("cpu"),
+    )
+
+
+def outcome(family, kind, engine):
+    """Gradients by name, or the error."""
+    model = family.build(3, beta=0.5, backward_engine=engine)
+    batch = {k: torch.cat([v, v[:1]])[2 * rank : 2 * rank + 2] for k, v in family.batch().items()}
+    try:
+        wrapped = finer_than_a_layer(model) if kind == "finer" else fsdp1(model, kind)
+        wrapped(**batch).loss.backward()
+        if kind == "finer":
+            return {n: p.grad.full_tensor().clone() for n, p in model.named_parameters() if p.grad is not None}
+        with FullyShardedDataParallel.summon_full_params(wrapped, with_grads=True):
+            return {n: p.grad.clone() for n, p in wrapped.named_parameters() if p.grad is not None}
+    except RuntimeError as error:
+        return str(error)
+
+
+kind, engine = sys.argv[1:]
+for name, family in FAMILIES.items():
+    reference, found = outcome(family, kind, "autograd"), outcome(family, kind, engine)
+    if isinstance(found, str):
+        print(f"{name} refused: {found}")
+    elif not isinstance(reference, str):
+        assert reference.keys() == found.keys(), reference.keys() ^ found.keys()
+        assert all(torch.equal(reference[n], found[n]) for n in reference), name
+        print(f"{name} equal in {len(found)} gradients")
+dist.destroy_process_group()
