@@ -210,7 +210,13 @@ def apply_norm(module: nn.Module | None, parameters: Sequence[Tensor], state: Te
         return state
     if torch.jit.is_tracing():  # which functional_call refuses
         return module(state)
-    return functional_call(module, dict(zip(named_parameters_of(module), parameters, strict=True)), (state,))
+    names = named_parameters_of(module)
+    if len(names) != len(parameters):
+        raise RuntimeError(
+            f"the LayerNorm that ends a RoBERTa layer had {len(parameters)} parameters in its layer and has {len(names)} in the "
+            "next one, which applies it: FSDP1 and ZeRO-3 take parameters away where a layer ends. Use FSDP2 or ZeRO-2."
+        )
+    return functional_call(module, dict(zip(names, parameters, strict=True)), (state,))
 
 
 class RevRobertaEncoder(nn.Module):

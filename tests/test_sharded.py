@@ -10,9 +10,13 @@ ENGINES = ["reprop", "pareprop"]
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_fsdp2_on_parts_of_a_layer(engine):
-    """Their parameters come and go by hooks inside the layer, which therefore stores its activations."""
+    """Their parameters come and go by hooks inside the layer, which therefore stores its activations.
+
+    RoBERTa hands the parameters of a norm to the next layer, which FSDP2 has sharded by then.
+    """
     said = launch("sharded_worker.py", "finer", engine)
-    assert all(f"{name} equal in" in said for name in FAMILIES)
+    assert "vit equal in 56 gradients" in said
+    assert "roberta refused" in said
 
 
 @pytest.mark.slow
@@ -23,4 +27,4 @@ def test_fsdp1(strategy, engine):
     said = launch("sharded_worker.py", strategy, engine)
     assert all(f"{name} equal in" in said or f"{name} refused" in said for name in FAMILIES)
     assert "roberta refused" in said
-    assert "use FSDP2, or call model.set_backward_engine('autograd')" in said
+    assert "use FSDP2, or call" in said or "Use FSDP2 or ZeRO-2" in said
