@@ -158,6 +158,12 @@ class Tape:
     def _is_unchanged(self, hidden: Tensor) -> bool:
         """Whether a layer is given what the layer below returned, or a view of it: FSDP2 hands on another object."""
         handed = value_of(self._current)
+        if hidden.shape != handed.shape:
+            raise RuntimeError(
+                f"a layer got a hidden state of shape {tuple(hidden.shape)}, the layer below returned {tuple(handed.shape)}: what "
+                "stands between reversible layers has to keep the shape, since the state before it stays in use. Make the layers "
+                "around it conventional (0 in a list of betas)."
+            )
         if hidden.dtype != handed.dtype:
             raise RuntimeError(
                 f"a layer got its hidden state in {hidden.dtype}, the layer below returned {handed.dtype}: something casts the "

@@ -133,6 +133,14 @@ def test_hidden_states_between_layers(family, engine, beta, event):
     assert_right(event, family.build(6, 0.1, beta=beta), family.batch(), engine)
 
 
+@pytest.mark.parametrize("change", [lambda h: h[:, :3], lambda h: h.mean(1, keepdim=True), lambda h: torch.cat([h, h])])
+def test_a_hidden_state_of_another_shape_is_refused(family, change):
+    model = family.build(3, beta=0.5)
+    layers(model)[1].register_forward_hook(lambda module, args, output: change(output))
+    with pytest.raises(RuntimeError, match="has to keep the shape"):
+        model(**family.batch())
+
+
 def test_hidden_states_are_those_of_the_autograd_engine(family):
     """And with them nothing is stored but a pair of states for each: the engine stays what it is."""
     model, batch = family.build(4, 0.1, beta=0.5), family.batch()
