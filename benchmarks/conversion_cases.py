@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 import transformers
-from conversion_variants import calibrate_predictors, couple_layers
+from conversion_variants import couple_layers
 from datasets import DatasetDict
 from torch import Tensor, nn
 from transformers import AutoTokenizer, DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import hf_pareprop as hp
+from hf_pareprop.plan import DEFAULT_GRID_BITS
 from hf_pareprop.tools.memory import peak_bytes
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -208,8 +209,7 @@ def fidelity(job: Mapping[str, Any]) -> dict[str, Any]:
     """How close a converted model is to the original before training.
 
     Args:
-        job: ``model``: english-encoder, antibody-roberta or fashion-vit; ``beta``; ``granularity``; ``predictor``;
-            ``grid_bits``.
+        job: ``model``: english-encoder, antibody-roberta or fashion-vit; ``beta``; ``granularity``; ``grid_bits`` of the encoder.
 
     Returns:
         ``cosine``: mean over tokens of the last hidden states' to the original's; ``score``: masked accuracy of the
@@ -222,14 +222,11 @@ def fidelity(job: Mapping[str, Any]) -> dict[str, Any]:
         checkpoint = adapted_encoder(beta, job["adapted"]) if job.get("adapted") else assets.english_encoder()
         stock = transformers.RobertaModel.from_pretrained(assets.english_encoder(), add_pooling_layer=False)
         model = hp.RevRobertaModel.from_pretrained(
-            checkpoint, beta=beta, grid_bits=job.get("grid_bits", 12), add_pooling_layer=False
+            checkpoint, beta=beta, grid_bits=job.get("grid_bits", DEFAULT_GRID_BITS), add_pooling_layer=False
         )
         tokenizer = AutoTokenizer.from_pretrained(assets.english_encoder())
-        texts = assets.rotten_tomatoes()["train"]["text"]
-        batch, probe = (
-            tokenizer(rows, padding=True, truncation=True, max_length=64, return_tensors="pt")
-            for rows in (texts[:200], texts[200:500])
-        )
+        texts = assets.rotten_tomatoes()["train"]["text"][:200]
+        batch = tokenizer(texts, padding=True, truncation=True, max_length=64, return_tensors="pt")
     elif name == "antibody-roberta":
         path = assets.antibody_roberta()
         stock, model = (
@@ -240,7 +237,7 @@ def fidelity(job: Mapping[str, Any]) -> dict[str, Any]:
         rows = torch.arange(len(chain))
         tokens = torch.cat([torch.tensor([0]), chain, torch.tensor([2])]).repeat(len(chain), 1)
         tokens[rows, rows + 1] = assets.ANTIBODY_TOKENS["<mask>"]
-        batch = probe = {"input_ids": tokens}
+        batch = {"input_ids": tokens}
 
         def score(m) -> float:
             return (m(**batch).logits[rows, rows + 1].argmax(-1) == chain).float().mean().item()
@@ -252,7 +249,7 @@ def fidelity(job: Mapping[str, Any]) -> dict[str, Any]:
             hp.RevViTForImageClassification.from_pretrained(path, beta=beta),
         )
         images = data["test"][:2000]
-        batch, probe = ({"pixel_values": rows["pixel_values"]} for rows in (images, data["train"][:500]))
+        batch = {"pixel_values": images["pixel_values"]}
 
         def score(m) -> float:
             return (m(**batch).logits.argmax(-1) == images["label"]).float().mean().item()
@@ -260,8 +257,6 @@ def fidelity(job: Mapping[str, Any]) -> dict[str, Any]:
     stock.eval(), model.eval()
     if job.get("granularity") == "layer":
         couple_layers(model)
-    if job.get("predictor"):
-        calibrate_predictors(model, probe)
     mask = batch.get("attention_mask", torch.ones(len(next(iter(batch.values()))), 1)).bool()
     with torch.no_grad():
         states = [hidden(m, batch) for m in (stock, model)]
@@ -270,7 +265,7 @@ def fidelity(job: Mapping[str, Any]) -> dict[str, Any]:
         result["cosine"] = torch.cosine_similarity(*states, dim=-1).mean().item()
         if name != "english-encoder":
             result |= {"score": score(model), "stock_score": score(stock)}
-    if name == "english-encoder" and not {"granularity", "predictor", "adapted"} & job.keys():
+    if name == "english-encoder" and not {"granularity", "adapted"} & job.keys():
         model.set_backward_engine("reprop")
         result |= {"peak_mb": step_peak(model), "stock_peak_mb": step_peak(stock)}
     return result

@@ -10,7 +10,7 @@ import torch
 from measure import STATUS
 from models import FAMILIES, PATCH
 
-from hf_pareprop.plan import plan_layers
+from hf_pareprop.plan import CONVERTED_BETA, plan_layers
 
 CPU_SIZES = {"width": 192, "heads": 4, "batch_size": 2, "length": 256, "repeats": 5}
 CUDA_SIZES = {"width": 1024, "heads": 16, "batch_size": 32, "length": 256, "repeats": 20}
@@ -135,7 +135,8 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         shown = f"{what}; default: {CPU_SIZES[name]} on the CPU, {CUDA_SIZES[name]} on CUDA"
         parser.add_argument(f"--{name.replace('_', '-')}", type=positive, help=shown)
     parser.add_argument("--dropout", type=float, default=0.0, help="of hidden states and attention; default: 0")
-    parser.add_argument("--beta", type=float, default=0.5, help="coupling, 1 or 2^-m; default: 0.5")
+    beta = f"coupling, 1 or 2^-m; default: {CONVERTED_BETA:g}, that of converted models"
+    parser.add_argument("--beta", type=float, default=CONVERTED_BETA, help=beta)
     parser.add_argument("--autocast", choices=("none", "bf16"), default="none", help="default: none")
     parser.add_argument("--threads", type=positive, help="PyTorch's threads on the CPU; default: PyTorch's choice")
     results = Path(__file__).parent / "results"

@@ -20,6 +20,7 @@ from sizes import SIZES, sample, subject
 from tracing import GRADIENTS, REBUILD, Span, busy, hidden_share, host_synchronisations, length, spans_of, traced
 
 from hf_pareprop.lanes import side_lane
+from hf_pareprop.plan import CONVERTED_BETA
 from hf_pareprop.tools.compare import Comparison, Row
 from hf_pareprop.tools.contenders import CHECKPOINTING, STOCK, Contender, reversible_contenders
 from hf_pareprop.tools.records import aligned, cores, device_name, ratio, save, slug, software
@@ -105,7 +106,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--depth", type=positive, default=12, help="layers; default: 12")
     parser.add_argument("--batch-size", type=positive, default=1, help="default: 1")
     parser.add_argument("--length", type=positive, default=128, help="tokens of a text; default: 128")
-    parser.add_argument("--beta", type=float, default=0.5, help="coupling, 1 or 2^-m; default: 0.5")
+    beta = f"coupling, 1 or 2^-m; default: {CONVERTED_BETA:g}, that of converted models"
+    parser.add_argument("--beta", type=float, default=CONVERTED_BETA, help=beta)
     parser.add_argument("--autocast", choices=("none", "bf16"), default="none", help="default: none")
     parser.add_argument("--rounds", type=positive, default=10, help="samples of each time; default: 10")
     parser.add_argument(

@@ -1,134 +1,160 @@
-"""Where the bits go that beta = 2^-m appends to a state: kept in packed side bits, or in wider states.
+"""What fixed-point states cost: one update of a state and its undoing, decoding a state, and the check of a rebuilt one.
 
-    python benchmarks/states.py [--device cuda]
+    python benchmarks/states.py [--device cuda] [--threads 1 2]
 
-Times one state update and its inverse, as every step of a reversible layer does them, and says what each keeps.
-``packed`` is what the package does: fp32 states on a grid, and the bits shifted below it packed into bytes, one buffer
-per step. ``fp64`` lets states grow by m bits with every update, and stores a pair of them (an anchor) where 53 bits end.
-``fused`` is what the package does on CUDA: ``packed``, but an update and its inverse are one kernel each.
+Times them as every step of a reversible layer does them, in milliseconds and as multiples of a copy of a state into
+memory that is there already, where their results go to new memory. An update at beta = 2^-m keeps m bits of every element,
+packed into bytes; undoing it reads them. By PyTorch's operations both take several passes over memory; ``fused``, as the package does it on CUDA,
+each is one kernel. A layer checks that it rebuilt the state that it began on with a checksum, taken in the forward pass
+and in the backward pass.
 """
 
 import argparse
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from options import choose_device, positive
 
 from hf_pareprop.coupling import (
+    advance,
     advance_in_passes,
-    advance_undoably,
+    checksum,
+    decode,
+    encode,
     retreat,
     retreat_in_passes,
-    round_to_grid,
     runs_fused,
 )
-from hf_pareprop.plan import LayerPlan, plan_layers
-from hf_pareprop.tools.records import cpu_model, number, ratio, save, software
+from hf_pareprop.plan import DEFAULT_GRID_BITS, plan_layers
+from hf_pareprop.tools.records import aligned, cpu_model, save, software
 from hf_pareprop.tools.timing import milliseconds
 
-GRID_BITS = 12
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 SIZES = {"8 x 128 x 384": (8, 128, 384), "32 x 512 x 768": (32, 512, 768)}
 """Batch, length and width."""
 
+SIDE_BITS = (0, 1, 2, 5)
+"""``m``; 5 is that of the default of converted models."""
 
-def fp64(value: Tensor, previous: Tensor, beta: float) -> Tensor:
-    """Forward and back: the next state, what a step reads of it, and the previous state again."""
-    following = torch.add(round_to_grid(value, GRID_BITS), previous, alpha=beta)
-    following.float()
-    return torch.sub(following, round_to_grid(value, GRID_BITS)).div_(beta)
+COPY = "copy of a state"
 
-
-def packed(value: Tensor, previous: Tensor, plan: LayerPlan) -> Tensor:
-    """The same as the package does it on a CPU."""
-    following, sides = advance_in_passes(value, previous, plan)
-    return retreat_in_passes(value, following, plan, sides)
+Work = Callable[[], Any]
+Row = dict[str, Any]
 
 
-def fused(value: Tensor, previous: Tensor, plan: LayerPlan) -> Tensor:
-    """The same as the package does it on CUDA."""
-    following, sides = advance_undoably(value, previous, plan)
-    return retreat(value, following, plan, sides)
+def works_on(shape: tuple[int, ...], device: torch.device) -> dict[str, Work]:
+    """What is timed, by name.
 
-
-def measure(size: tuple[int, int, int], m: int, device: torch.device, repeats: int) -> dict[str, float]:
-    """Median times, in rounds over all; the states that come back are checked to be the ones that went in."""
+    Raises:
+        RuntimeError: undoing an update does not give back the state.
+    """
     torch.manual_seed(0)
-    value = torch.randn(size, device=device)
-    state = torch.randint(-(2**20), 2**20, size, device=device) * 2.0**-GRID_BITS
-    plan = plan_layers(2.0**-m, 1, GRID_BITS)[0]
-    works: dict[str, Callable[[], Tensor]] = {
-        "fp64": partial(fp64, value, state.double(), 2.0**-m),
-        "packed": partial(packed, value, state, plan),
+    value = torch.randn(shape, device=device)
+    state, _ = encode(torch.randn(shape, device=device), DEFAULT_GRID_BITS)
+    works: dict[str, Work] = {
+        COPY: partial(torch.empty_like(state).copy_, state),
+        "decode": partial(decode, state, DEFAULT_GRID_BITS, torch.float32),
+        "checksum": partial(checksum, state),
     }
-    if runs_fused(value, state, plan):
-        works["fused"] = partial(fused, value, state, plan)
-    assert all(torch.equal(work(), state.to(work().dtype)) for work in works.values())
+    for m in SIDE_BITS:
+        plan = plan_layers(2.0**-m, 1)[0]
+        ways = {"": (advance_in_passes, retreat_in_passes)}
+        if runs_fused(value, state, plan):
+            ways[", fused"] = (advance, retreat)
+        for name, (update, undo) in ways.items():
+            following, sides, _ = update(value, state, plan, keep=True)
+            works[f"update, m = {m}{name}"] = partial(update, value, state, plan, keep=True)
+            works[f"undoing, m = {m}{name}"] = again = partial(undo, value, following, plan, sides)
+            if not torch.equal(again(), state):
+                raise RuntimeError(f"undoing an update, m = {m}{name}, gives another state.")
+    return works
+
+
+def measure(works: dict[str, Work], device: torch.device, repeats: int) -> list[Row]:
+    """Every sample, in rounds over all works."""
     samples: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(repeats):
+    for round_ in range(-1, repeats):  # the first one warms up
         for name, work in works.items():
-            samples[name].append(milliseconds(work, device))
-    return {name: statistics.median(times) for name, times in samples.items()}
+            ms = milliseconds(work, device)
+            if round_ >= 0:
+                samples[name].append(round(ms, 4))
+    copy = statistics.median(samples[COPY])
+    return [{"work": name, "ms": own, "copies": statistics.median(own) / copy} for name, own in samples.items()]
 
 
-def bytes_kept(steps: int, m: int) -> dict[str, float]:
-    """Per element of a state, above two fp32 states: wider states and anchors, or a buffer of bits per step."""
-    layers, room = steps // 2, (53 - GRID_BITS - 12) // m
-    return {"fp64": 8.0 + 16 * max(0, -(-layers // room) - 1), "packed": steps * m / 8}
+def by_column(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
+    """From the size, and the threads of a CPU, to rows by what was timed."""
+    columns: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        threads = row["threads"] and f", {row['threads']} thread{'s' if row['threads'] > 1 else ''}"
+        columns.setdefault(f"{row['size']}{threads or ''}", {})[row["work"]] = row
+    return columns
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A line for everything that was timed, a column per size."""
+    columns = by_column(rows)
+    lines = [["ms (copies)", *columns]]
+    for name in next(iter(columns.values())):
+        found = [own[name] for own in columns.values()]
+        lines.append([name, *(f"{statistics.median(row['ms']):.3f} ({row['copies']:.1f})" for row in found)])
+    return "\n".join(aligned(lines, left={0}))
+
+
+def plot(rows: Sequence[Row], title: str) -> "Figure":
+    """Multiples of a copy, a group of bars for everything that was timed."""
+    from matplotlib.figure import Figure
+
+    columns = by_column(rows)
+    names = [name for name in next(iter(columns.values())) if name != COPY]
+    figure = Figure(figsize=(7, 1 + 0.35 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    height = 0.8 / len(columns)
+    for i, (column, own) in enumerate(columns.items()):
+        axes.barh([y + height * i for y in range(len(names))], [own[n]["copies"] for n in names], height, label=column)
+    axes.set_yticks([y + 0.4 - height / 2 for y in range(len(names))], names, fontsize=8)
+    axes.invert_yaxis()
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xlabel("times a copy of a state")
+    axes.set_title(title, fontsize=9)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
-    parser.add_argument("--repeats", type=int, default=21)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if present")
+    parser.add_argument("--threads", nargs="+", type=positive, help="PyTorch's on a CPU, one or more numbers of them")
+    parser.add_argument("--repeats", type=positive, default=21, help="samples of each time; default: %(default)s")
+    results = Path(__file__).parent / "results"
+    parser.add_argument("--out", type=Path, default=results, help="directory of the results; default: %(default)s")
     args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch finds no CUDA device here.")
+    try:
+        choose_device(args)
+    except ValueError as error:
+        parser.error(str(error))
     device = torch.device(args.device)
-    name = (
-        torch.cuda.get_device_name() if device.type == "cuda" else f"{cpu_model()}, {torch.get_num_threads()} threads"
-    )
-    results = []
-    print(
-        f"{name}\n| states | m | fp64, ms | packed, ms | packed / fp64 | fused, ms | fused / packed |\n|---|---|---|---|---|---|---|"
-    )
-    for label, size in SIZES.items():
-        for m in (1, 2, 3, 4):
-            found = measure(size, m, device, args.repeats)
-            results.append({"size": label, "m": m, **found})
-            fused_ms = found.get("fused")
-            times = [found["fp64"], found["packed"], found["packed"] / found["fp64"], fused_ms]
-            cells = [number(value, ".2f") for value in (*times, ratio(fused_ms, found["packed"]))]
-            print(f"| {label} | {m} | {' | '.join(cells)} |")
-    print("\nbytes per element above two fp32 states:\n| layers | m | fp64 and anchors | packed |\n|---|---|---|---|")
-    kept = [{"layers": n, "m": m, **bytes_kept(2 * n, m)} for n in (6, 12, 24, 48) for m in (1, 2, 3, 4)]
-    for row in kept:
-        print(f"| {row['layers']} | {row['m']} | {row['fp64']:.0f} | {row['packed']:.1f} |")
+    cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if cuda else cpu_model()
+    rows: list[Row] = []
+    for threads in [None] if cuda else args.threads or [torch.get_num_threads()]:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        for label, shape in SIZES.items():
+            found = measure(works_on(shape, device), device, args.repeats)
+            rows += [{"size": label, "threads": threads, **row} for row in found]
+    print(f"{name}\n\n{table(rows)}")
     args.out.mkdir(parents=True, exist_ok=True)
-    whole = json.dumps({"device": name, **software(), "times": results, "bytes": kept}, indent=1) + "\n"
+    whole = json.dumps({"benchmark": "states", "device": name, **software(), "times": rows}, indent=1) + "\n"
     save(args.out / f"states-{args.device}.json", lambda file: file.write_text(whole))
-    save(args.out / f"states-{args.device}.png", lambda file: plot(results, name).savefig(file, dpi=110, format="png"))
-
-
-def plot(results: list[dict], title: str):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.5, 3.5), layout="constrained")
-    axes = figure.subplots()
-    labels = [f"{r['size']}\nm={r['m']}" for r in results]
-    methods = [method for method in ("fp64", "packed", "fused") if method in results[0]]
-    width = 0.8 / len(methods)
-    for i, method in enumerate(methods):
-        axes.bar([x + width * i for x in range(len(results))], [r[method] for r in results], width, label=method)
-    axes.set_xticks([x + 0.4 - width / 2 for x in range(len(results))], labels, fontsize=7)
-    axes.set(ylabel="ms, update and inverse", yscale="log", title=title)
-    axes.legend(frameon=False)
-    return figure
+    save(args.out / f"states-{args.device}.png", lambda file: plot(rows, name).savefig(file, dpi=110, format="png"))
 
 
 if __name__ == "__main__":

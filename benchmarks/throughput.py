@@ -21,9 +21,8 @@ from options import choose_device, positive
 from sizes import SIZES, sample, subject
 from throughput_report import plot_memory, plot_throughput, table
 
-from hf_pareprop.plan import plan_layers
+from hf_pareprop.plan import CONVERTED_BETA, plan_layers
 from hf_pareprop.tools.accounting import predict
-from hf_pareprop.tools.cli import DEFAULT_BETA
 from hf_pareprop.tools.compare import Comparison, resized
 from hf_pareprop.tools.contenders import STOCK_CONTENDERS, Contender, reversible_contenders, with_free_budget
 from hf_pareprop.tools.records import cores, cpu_model, device_name, save, slug, software
@@ -164,9 +163,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if present")
     parser.add_argument("--sizes", nargs="+", help=f"of {', '.join(SIZES)}; default: all on CUDA, vit-s on a CPU")
     parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
-    parser.add_argument(
-        "--betas", nargs="+", type=float, default=[1.0, DEFAULT_BETA], help=f"default: 1 {DEFAULT_BETA}"
-    )
+    betas = f"couplings; default: 1 {CONVERTED_BETA:g}, those from scratch and of converted models"
+    parser.add_argument("--betas", nargs="+", type=float, default=[1.0, CONVERTED_BETA], help=betas)
     parser.add_argument("--caps", nargs="*", type=positive, default=[16, 24, 80], help="GB; default: 16 24 80")
     parser.add_argument(
         "--depths", nargs="*", type=positive, default=[6, 12, 24, 48], help="for memory; default: 6 12 24 48"

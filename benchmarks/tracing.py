@@ -10,10 +10,9 @@ import re
 import tempfile
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch
 from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from hf_pareprop.layer_call import LayerCall, RebuiltStep
+from hf_pareprop.observer import Observer, observing
 
 REBUILD, GRADIENTS = "pareprop: rebuild", "pareprop: gradients"
 
@@ -47,13 +46,28 @@ class Span:
     end: float
 
 
-def traced(step: Callable[[], None], device: torch.device) -> list[Event]:
-    """The trace of ``step``, which trains a reversible model, in Chrome's format."""
+class Annotating(Observer):
+    """Puts a range around every rebuild and every gradient computation, for the profiler to record."""
+
+    def rebuilding(self, position: int, step: int) -> AbstractContextManager[Any]:
+        return record_function(REBUILD)
+
+    def differentiating(self, position: int, step: int) -> AbstractContextManager[Any]:
+        return record_function(GRADIENTS)
+
+
+def traced(step: Callable[[], Any], device: torch.device) -> list[Event]:
+    """The trace of ``step``, in Chrome's format.
+
+    Args:
+        step: trains a reversible model: a forward pass and its backward pass. Where it is the backward pass alone, its
+            forward pass has to have run ``with observing(Annotating())``.
+    """
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it announces its start and stop
     # Or the profiler sees the calling thread alone.
     everywhere = _ExperimentalConfig(profile_all_threads=True)
-    with _annotated(), profile(activities=activities, experimental_config=everywhere) as profiler:
+    with observing(Annotating()), profile(activities=activities, experimental_config=everywhere) as profiler:
         step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -61,29 +75,6 @@ def traced(step: Callable[[], None], device: torch.device) -> list[Event]:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         return json.loads(path.read_text())["traceEvents"]
-
-
-@contextmanager
-def _annotated() -> Iterator[None]:
-    """Put ranges around what the engines do; not in the engines, which then would cost something untraced."""
-    places = ((LayerCall, "rebuild", REBUILD), (RebuiltStep, "gradients", GRADIENTS))
-    originals = [getattr(owner, name) for owner, name, _ in places]
-    for (owner, name, label), original in zip(places, originals, strict=True):
-        setattr(owner, name, _in_range(original, label))
-    try:
-        yield
-    finally:
-        for (owner, name, _), original in zip(places, originals, strict=True):
-            setattr(owner, name, original)
-
-
-def _in_range(function: Callable[..., Any], label: str) -> Callable[..., Any]:
-    @wraps(function)
-    def inner(*args: Any, **kwargs: Any) -> Any:
-        with record_function(label):
-            return function(*args, **kwargs)
-
-    return inner
 
 
 def spans_of(events: Sequence[Event]) -> list[Span]:

@@ -3,7 +3,8 @@
     python examples/adapt.py --model_name_or_path STOCK --train_file texts.txt --beta 0.5 --output_dir runs/adapted
 
 The larger `beta`, the more a conversion changes what the model computes. Some hundred steps of self-distillation undo most
-of that before any task is learnt. Labels are not needed; the result is an ordinary reversible checkpoint.
+of that before any task is learnt. Labels are not needed; the result is an ordinary reversible checkpoint. At 1/32, the
+default of a conversion, there is next to nothing to undo, and this does more harm than good: so `--beta` has no default here.
 """
 
 import logging
@@ -34,6 +35,7 @@ from hf_pareprop.tools.cards import model_card
 class AdaptArguments:
     """Arguments of the adaptation."""
 
+    beta: float = field(metadata={"help": "coupling: 1, 0.5, 0.25, ..."})
     model_name_or_path: str | None = field(
         default=None,
         metadata={"help": "directory or Hub id of a stock text checkpoint; default: an English encoder"},
@@ -41,7 +43,6 @@ class AdaptArguments:
     train_file: str | None = field(
         default=None, metadata={"help": "a text per line; default: Rotten Tomatoes sentences, without their labels"}
     )
-    beta: float = field(default=0.5, metadata={"help": "coupling: 1, 0.5, 0.25, ..."})
     steps: int = field(default=200, metadata={"help": "optimizer steps"})
     batch_size: int = field(default=32, metadata={"help": "texts in a step"})
     learning_rate: float = field(default=2e-4, metadata={"help": "peak, after a warm-up of a tenth of the steps"})

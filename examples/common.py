@@ -23,7 +23,6 @@ from hf_pareprop.tools.cards import training_card
 
 METHODS = ("plain", "checkpointing", "reprop", "pareprop")
 STOCK = ("plain", "checkpointing")
-BUDGETS = ("gradients", "auto", "none")
 WARM_UP_STEPS = 3
 
 
@@ -43,8 +42,8 @@ class RunArguments:
     memory_budget: str = field(
         default="gradients",
         metadata={
-            "choices": BUDGETS,
-            "help": "what pareprop keeps and need not rebuild: what takes no more memory (gradients), what fits (auto), none",
+            "help": "what pareprop keeps and need not rebuild: what takes no more memory (gradients), what fits (auto), an "
+            "amount (4GB), a part of the free memory (80%%), the last layers (4 layers), or none",
         },
     )
     seeds: int = field(default=1, metadata={"help": "how many seeds, counted up from --seed"})
@@ -58,6 +57,8 @@ class RunArguments:
             raise ValueError(f"--seeds {self.seeds}: at least one run is needed.")
         if self.anneal_from is not None and not 0 <= self.anneal_from < 1:
             raise ValueError(f"--anneal_from {self.anneal_from}: a fraction of the training, 0 to 1, is expected.")
+        if self.memory_budget != "none":
+            MemoryBudget(self.memory_budget)  # says what is wrong with it before anything is loaded
 
 
 class Meter(TrainerCallback):

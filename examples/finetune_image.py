@@ -16,6 +16,7 @@ from datasets import DatasetDict, load_dataset
 from transformers import HfArgumentParser, TrainingArguments, ViTConfig, ViTForImageClassification
 
 from hf_pareprop import RevViTConfig, RevViTForImageClassification
+from hf_pareprop.plan import CONVERTED_BETA
 
 
 @dataclass
@@ -26,7 +27,8 @@ class ImageArguments:
         default=None, metadata={"help": "directory or Hub id of a ViT checkpoint; default: a small ViT from scratch"}
     )
     beta: float | None = field(
-        default=None, metadata={"help": "coupling; default: 1 from scratch, 0.5 from a stock checkpoint"}
+        default=None,
+        metadata={"help": f"coupling; default: 1 from scratch, {CONVERTED_BETA:g} from a stock checkpoint"},
     )
     dataset_name: str | None = field(
         default=None, metadata={"help": "data set for load_dataset; default: scikit-learn's digits"}
@@ -107,12 +109,11 @@ def once(image: ImageArguments, run: RunArguments, training: TrainingArguments) 
             if checkpoint:
                 return ViTForImageClassification.from_pretrained(checkpoint, num_labels=labels)
             return ViTForImageClassification(ViTConfig(**fields))
+        beta = image.beta if image.beta is not None else CONVERTED_BETA if checkpoint else 1.0
         if checkpoint:
-            coupling = {} if image.beta is None else {"beta": image.beta}
             return RevViTForImageClassification.from_pretrained(
-                checkpoint, num_labels=labels, backward_engine=method, **coupling
+                checkpoint, num_labels=labels, beta=beta, backward_engine=method
             )
-        beta = 1.0 if image.beta is None else image.beta
         return RevViTForImageClassification(RevViTConfig(**fields, beta=beta, backward_engine=method))
 
     test = data["test"].with_format("torch")

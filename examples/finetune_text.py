@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from hf_pareprop import RevRobertaForSequenceClassification
+from hf_pareprop.plan import CONVERTED_BETA
 
 
 @dataclass
@@ -29,7 +30,9 @@ class TextArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "directory or Hub id of a RoBERTa checkpoint; default: an English encoder"}
     )
-    beta: float = field(default=0.125, metadata={"help": "coupling: 1, 0.5, 0.25, ...; 0 is the stock network"})
+    beta: float = field(
+        default=CONVERTED_BETA, metadata={"help": "coupling: 1, 0.5, 0.25, ...; 0 is the stock network"}
+    )
     dataset_name: str | None = field(
         default=None, metadata={"help": "data set for load_dataset; default: Rotten Tomatoes sentences"}
     )

@@ -16,6 +16,19 @@ REMOVED = {
 """Fields of earlier versions, and what to do without them."""
 
 
+def _refuse_removed(fields: dict[str, Any]) -> None:
+    """Take fields of earlier versions out, which did nothing at their defaults.
+
+    Raises:
+        ValueError: one was set.
+    """
+    for name, instead in REMOVED.items():
+        if value := fields.pop(name, None):
+            raise ValueError(
+                f"{name}={value!r}: there is no such field any more, as an argument or in config.json; {instead}."
+            )
+
+
 class ReversibleConfig(PreTrainedConfig):
     """Fields of a reversible model. Families inherit from this class and from their stock configuration.
 
@@ -61,9 +74,7 @@ class ReversibleConfig(PreTrainedConfig):
     """Model types whose checkpoints have to be converted first: their tensors have other names or shapes."""
 
     def __post_init__(self, **kwargs: Any) -> None:
-        for name, instead in REMOVED.items():
-            if kwargs.get(name):
-                raise ValueError(f"{name}={kwargs[name]!r}: there is no such field any more; {instead}.")
+        _refuse_removed(kwargs)
         super().__post_init__(**kwargs)
         self.check_reversible()
 
@@ -86,9 +97,7 @@ class ReversibleConfig(PreTrainedConfig):
         Raises:
             ValueError: a field is out of range.
         """
-        for name, instead in REMOVED.items():
-            if kwargs.get(name):
-                raise ValueError(f"{name}={kwargs[name]!r}: there is no such field any more; {instead}.")
+        _refuse_removed(kwargs)
         found = super().from_dict(config_dict, **kwargs)
         (found[0] if isinstance(found, tuple) else found).check_reversible()
         return found

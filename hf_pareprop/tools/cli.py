@@ -185,7 +185,11 @@ def verify(
     if not any(plan.reversible for plan in model.config.layer_plans()):
         raise CheckpointError("no layer of the model is reversible: there is nothing to verify.")
     with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast == "bf16"):
-        report = verify_step(model, inputs)
+        try:
+            report = verify_step(model, inputs)
+        except RuntimeError as error:  # the check of every training step
+            _say("step", f"FALLS SHORT: {error}")
+            raise typer.Exit(1) from None
         growth = memory_growth(model, inputs)
     checks = (
         ("step", report.exact and report.gradients_equal, str(report)),

@@ -36,7 +36,7 @@ def fidelity(a: PreTrainedModel, b: PreTrainedModel, batches: Iterable[Mapping[s
     """Run both on the same inputs, in evaluation mode, without gradients.
 
     Raises:
-        ValueError: there are no batches.
+        ValueError: there are no batches, or a model yields NaN or infinity.
     """
     cosines: list[Tensor] = []
     agreements: list[Tensor] = []
@@ -49,6 +49,12 @@ def fidelity(a: PreTrainedModel, b: PreTrainedModel, batches: Iterable[Mapping[s
             inputs += len(states[0])
             mask = _tokens(batch, states[0])
             first, second = (s[mask].float() for s in states)
+            for model, found in ((a, first), (b, second)):
+                if not found.isfinite().all():
+                    raise ValueError(
+                        f"{type(model).__name__} yields NaN or infinity on these inputs, so there is nothing to compare: if it is a "
+                        "reversible model, its states may have left their range (take fewer grid_bits)."
+                    )
             identical = identical and torch.equal(first, second)
             cosines.append(torch.cosine_similarity(first, second, dim=-1).cpu())
             for one, other in zip(*predictions, strict=True):

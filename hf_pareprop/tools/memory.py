@@ -14,7 +14,7 @@ from ..modeling_reversible import ReversiblePreTrainedModel
 Step = Callable[[], None]
 
 SHARE = 0.1
-"""What a rebuilt layer may add of a stored one's activations: anchors at a small beta take some per cent."""
+"""What a rebuilt layer may add of a stored one's activations: side bits at a small beta take some per cent."""
 
 BOOKKEEPING = 2**16
 """Bytes that a layer may add whatever the inputs: on a CPU the states of the random number generator are 10 KB."""
