@@ -1,5 +1,6 @@
 import os
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -34,9 +35,47 @@ def family(request):
 
 
 @pytest.fixture(params=["inline", "thread"])
-def lane(request, monkeypatch):
+def lane(request):
     """Run `pareprop` on the CPU with and without a worker thread, whatever the machine's cores."""
-    from hf_pareprop import lanes
+    from hf_pareprop.lanes import replaced, side_lane
 
-    monkeypatch.setattr(lanes, "_cores", lambda: 2 if request.param == "thread" else 1)
-    return request.param
+    def lane_of(device):
+        if device.type == "cpu":
+            return cpu_lane(request.param)
+        with replaced(None):
+            return side_lane(device)
+
+    with replaced(lane_of):
+        yield request.param
+
+
+@cache
+def cpu_lane(name):
+    from hf_pareprop.lanes import InlineLane, ThreadLane
+
+    return InlineLane() if name == "inline" else ThreadLane()
+
+
+@pytest.fixture
+def cores(monkeypatch):
+    """A function that gives the process so many cores, as far as it can see."""
+
+    def give(count):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(count)), raising=False)
+
+    return give
+
+
+@pytest.fixture
+def rebuilt():
+    """The steps that were rebuilt since this list was last cleared: the layer's position, the step's within it."""
+    from hf_pareprop.observer import Observer, observing
+
+    found = []
+
+    class Noting(Observer):
+        def step_rebuilt(self, position, step, rebuilt):
+            found.append((position, step))
+
+    with observing(Noting()):
+        yield found

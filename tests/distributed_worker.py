@@ -29,12 +29,18 @@ for family in FAMILIES.values():
     batch = {k: torch.cat([v, v[:1]]) for k, v in family.batch().items()}
     half = {k: v[2 * rank : 2 * rank + 2] for k, v in batch.items()}
     for kind in ("ddp", "ddp, unused parameters", "ddp, static graph", "fsdp2"):
-        for beta, budget in ((1.0, None), (0.5, None), (0.25, None), ([0.5, 0, 1.0, 0.5], None), (0.5, "gradients")):
+        for beta, budget in (
+            (1.0, None),
+            (0.5, None),
+            (1 / 256, None),
+            ([0.5, 0, 1.0, 0.5], None),
+            (0.5, "gradients"),
+        ):
             reference = family.build(4, beta=beta)
             model = copy.deepcopy(reference)
             grads = step(reference, batch, "autograd")[1]
             model.set_backward_engine("pareprop")
-            model.set_retention(memory_budget=budget)
+            model.set_memory_budget(budget)
             wrapped = wrap(model, kind)
             for _ in range(2):  # a static graph is recorded in the first step and replayed in the second
                 wrapped.zero_grad()

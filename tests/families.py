@@ -40,7 +40,7 @@ class Family(NamedTuple):
     def build(self, depth: int = 3, dropout: float = 0.0, scale: float = 2.0, seed: int = 0, **fields):
         """A random model in training mode; weights are scaled up so that no branch is negligible."""
         torch.manual_seed(seed)
-        model = self.model(self.config(**self.config_fields(depth, dropout), **fields)).train()
+        model = self.model(self.config(**{**self.config_fields(depth, dropout), **fields})).train()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 2:
@@ -49,7 +49,7 @@ class Family(NamedTuple):
 
     def build_stock(self, depth: int = 3, dropout: float = 0.0, seed: int = 0, **fields):
         torch.manual_seed(seed)
-        return self.stock_model(self.stock_config(**self.config_fields(depth, dropout), **fields)).train()
+        return self.stock_model(self.stock_config(**{**self.config_fields(depth, dropout), **fields})).train()
 
     def config_fields(self, depth: int, dropout: float) -> dict[str, Any]:
         rates = dict(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)

@@ -1,12 +1,13 @@
 """Memory that is predicted against memory that is measured."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from families import FAMILIES
 
-from hf_pareprop.lanes import side_lane
-from hf_pareprop.tape import Tape
-from hf_pareprop.tools.accounting import Ahead, predict
+from hf_pareprop.lanes import replaced, side_lane
+from hf_pareprop.tools.accounting import AheadLane, predict
 from hf_pareprop.tools.compare import Comparison, largest, resized
 from hf_pareprop.tools.contenders import (
     COMPILED,
@@ -19,7 +20,7 @@ from hf_pareprop.tools.contenders import (
 from hf_pareprop.tools.memory import peak_bytes
 
 CPU = torch.device("cpu")
-CONTENDERS = [c for c in STOCK_CONTENDERS if not c.compiled] + list(reversible_contenders((1, 0.5, 1 / 16)))
+CONTENDERS = [c for c in STOCK_CONTENDERS if not c.compiled] + list(reversible_contenders((1, 0.5, 1 / 32)))
 SIZE = 6
 
 
@@ -57,21 +58,21 @@ def test_prediction_of_the_overlap(family, bf16):
     (pareprop,) = reversible_contenders([0.5], ("pareprop",))
     predicted = predict(subject, pareprop, batch, CPU, bf16)
     twins = Twins(subject, CPU)
-    base = twins.reversible.base_model
-    new_tape = base.new_tape
-    base.new_tape = lambda *args, **kwargs: Tape(Ahead(), new_tape(*args, **kwargs).plans)
-    twins.step(pareprop, batch, bf16)
-    measured = peak_bytes(lambda: twins.step(pareprop, batch, bf16), CPU)
+    with replaced(lambda device: AheadLane()):
+        twins.step(pareprop, batch, bf16)
+        measured = peak_bytes(lambda: twins.step(pareprop, batch, bf16), CPU)
     assert predicted.total - predicted.parameters - predicted.optimizer == pytest.approx(measured, rel=0.1)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_graphs_of_a_step_or_two(family, bf16, lane):
+@pytest.mark.parametrize("idle", [0, 1])
+def test_graphs_of_a_step_or_two(idle, family, bf16, cores):
     """Whatever the depth: with reprop less than what plain training saves for a layer of two steps, with pareprop no more.
 
     A tenth is for the state that a step reads, which plain training counts to the step before it.
     """
+    cores((1 + idle) * torch.get_num_threads())
     batch = resized(FAMILIES[family].batch(), 64)
 
     def graphs(contender, depth):
@@ -82,7 +83,7 @@ def test_graphs_of_a_step_or_two(family, bf16, lane):
     one, two = ([graphs(engine, depth) for depth in (3, 6)] for engine in (reprop, pareprop))
     assert one[1] == pytest.approx(one[0], rel=0.01) and two[1] == pytest.approx(two[0], rel=0.01)
     assert one[1] < layer and two[1] < 1.1 * layer
-    assert (two[1] > one[1]) == (lane == "thread")
+    assert (two[1] > one[1]) == (idle == 1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -194,7 +195,8 @@ def test_layers_are_retained_as_far_as_they_fit():
     subject, batch = subject_of("vit"), FAMILIES["vit"].batch()
     pareprop = reversible_contenders([1], ("pareprop",))[0]
     needs = [Comparison(subject, batch, CPU, False).predict(pareprop.retaining(k), 64).total for k in range(5)]
-    assert needs == sorted(needs)
+    # A layer that is rebuilt has a checksum of eight bytes.
+    assert all(more >= fewer - 8 for fewer, more in pairwise(needs)) and needs[-1] > needs[0]
     for kept in (1, 3, 4):
         assert Comparison(subject, batch, CPU, False, cap=needs[kept]).most_retained(pareprop, 64) == kept
     (row,) = Comparison(subject, batch, CPU, False).measure({pareprop.retaining(2): 8}, 1, lambda line: None)

@@ -65,7 +65,7 @@ def test_beta_zero_is_the_stock_model(name, tmp_path):
         converted = hp.to_reversible(source, beta=0)
         assert converted.config.beta == 0
         assert_same_function(reference, converted, batch_for(name))
-    assert hp.to_reversible(model).config.beta == 0.5
+    assert hp.to_reversible(model).config.beta == 1 / 32
 
 
 @pytest.mark.parametrize("name", NEW)
@@ -114,9 +114,10 @@ def test_a_model_without_a_pooler(name):
     assert hp.to_stock(converted).pooler is None
 
 
+@pytest.mark.parametrize("beta", [1.0, 0.5, 1 / 32])
 @pytest.mark.parametrize("name", ["BertForSequenceClassification", "DeiTForImageClassification"])
-def test_a_converted_model_is_rebuilt_bit_for_bit(name):
-    converted = hp.to_reversible(stock(name), beta=0.5).train()
+def test_a_converted_model_is_rebuilt_bit_for_bit(name, beta):
+    converted = hp.to_reversible(stock(name), beta=beta).train()
     labels = torch.tensor([0, 2, 1])
     report = hp.verify(converted, {**batch_for(name), "labels": labels})
     assert report.exact and report.gradients_equal

@@ -23,6 +23,8 @@ import hf_pareprop as hp
 from hf_pareprop.tools import cli
 from hf_pareprop.tools.architectures import STOCK_CLASSES
 from hf_pareprop.tools.checkpoint import SAFETENSORS
+from hf_pareprop.tools.memory import Growth
+from hf_pareprop.tools.verify import Report
 
 WORDS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *(f"w{i}" for i in range(56))]
 
@@ -81,10 +83,8 @@ def test_there_and_back(name, run, tmp_path):
     stock(name).save_pretrained(tmp_path / "stock")
     before = {path.name: path.read_bytes() for path in (tmp_path / "stock").iterdir()}
     out = run("convert", tmp_path / "stock", tmp_path / "reversible")
-    assert (
-        f"{name}, 3 layers, 32 wide" in out
-        and "layers 0-2: reversible, beta 0.03125, float32 states of 12 + 12 bits, 5 side bits" in out
-    )
+    coupling = "layers 0-2: reversible, beta 0.03125, int32 states below 16384 in steps of 2**-16, 5 side bits kept"
+    assert f"{name}, 3 layers, 32 wide" in out and coupling in out
     run("export", tmp_path / "reversible", tmp_path / "back")
     a, b = (load_file(tmp_path / which / "model.safetensors") for which in ("stock", "back"))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
@@ -145,10 +145,13 @@ def test_images(run, tmp_path):
 
 
 def test_options(run, src, tmp_path):
-    run("convert", src, tmp_path / "out", "--layers", "1-2", "--dtype", "bfloat16", "--anchor-every", 1, "--beta", 0.5)
+    said = run(
+        *("convert", src, tmp_path / "out", "--layers", "1-2", "--dtype", "bfloat16", "--grid-bits", 12, "--beta", 0.5)
+    )
+    assert "layers 0-0: conventional, activations stored" in said
+    assert "layers 1-2: reversible, beta 0.5, int32 states below 262144 in steps of 2**-12, 1 side bits kept" in said
     model = hp.RevRobertaForSequenceClassification.from_pretrained(tmp_path / "out")
-    assert model.config.beta == [0.0, 0.5, 0.5] and model.config.anchor_every == 1 and model.dtype == torch.bfloat16
-    assert sum(plan.closes for plan in model.config.layer_plans()) == 2
+    assert model.config.beta == [0.0, 0.5, 0.5] and model.config.grid_bits == 12 and model.dtype == torch.bfloat16
     run("convert", src, tmp_path / "out", "--layers", "0,2", "--overwrite")
     assert hp.RevRobertaForSequenceClassification.from_pretrained(tmp_path / "out").config.beta == [
         0.03125,
@@ -232,20 +235,47 @@ def test_what_stock_transformers_leaves_out(run, tmp_path):
     )
 
 
-def test_verify(run, src, texts, tmp_path, monkeypatch):
+def test_verify(run, src, texts, tmp_path):
     run("convert", src, tmp_path / "out")
     for options in ((), ("--batch", texts), ("--autocast", "bf16", "--engine", "reprop")):
         out = run("verify", tmp_path / "out", *options)
-        assert "step  holds: 3 reversible layers: rebuilt states bit-equal, gradients bit-equal" in out
-        assert "memory  holds: one more layer adds" in out
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    (tmp_path / "out" / "config.json").write_text(json.dumps({**config, "grid_bits": None, "beta": 2**-12}))
-    out = run("verify", tmp_path / "out", "--autocast", "bf16", status=1)
-    assert "no grid (states drift)" in out and "step  FALLS SHORT" in out and "off by up to" in out
+        assert "step  holds: 3 reversible layers: rebuilt states bit-equal, gradients bit-equal, loss bit-equal" in out
+        assert "of 16384\n" in out and "memory  holds: one more layer adds" in out
     assert "is not a reversible model" in run("verify", src, status=1)
     assert "not a device" in run("verify", tmp_path / "out", "--device", "abacus", status=1)
-    (tmp_path / "out" / "config.json").write_text(json.dumps({**config, "beta": 0}))
+    edit(tmp_path / "out", beta=0)
     assert "nothing to verify" in run("verify", tmp_path / "out", status=1)
+
+
+@pytest.mark.parametrize(
+    "report, found",
+    [
+        (Report(rebuilt={0: 3}, loss_equal=True, gradients_equal=True), "different in 3 elements"),
+        (Report(loss_equal=True, gradient_error=0.1), "gradients off by up to 1.0e-01"),
+        (Report(gradients_equal=True), "loss different"),
+    ],
+)
+def test_a_model_that_falls_short(report, found, run, src, tmp_path, monkeypatch):
+    run("convert", src, tmp_path / "out")
+    monkeypatch.setattr(cli, "verify_step", lambda model, batch: report)
+    out = run("verify", tmp_path / "out", status=1)
+    assert "step  FALLS SHORT: " in out and found in out and "memory  holds" in out
+
+
+def test_memory_that_grows_falls_short(run, src, tmp_path, monkeypatch):
+    run("convert", src, tmp_path / "out")
+    monkeypatch.setattr(cli, "memory_growth", lambda model, batch: Growth(2e6, 1e7, "reprop"))
+    out = run("verify", tmp_path / "out", status=1)
+    assert "step  holds" in out and "memory  FALLS SHORT: one more layer adds 1.907 MB with reprop" in out
+
+
+def test_what_a_training_step_refuses_falls_short(run, src, tmp_path):
+    """Float states, which only the engine that stores activations can train: one line that says so, and no traceback."""
+    run("convert", src, tmp_path / "out")
+    edit(tmp_path / "out", grid_bits=None)
+    out = run("verify", tmp_path / "out", status=1)
+    assert "float states, which only the engine autograd can train" in out
+    assert "grid_bits=None leaves states floats" in out
 
 
 @pytest.mark.parametrize("how", ["truncated", "no header", "empty"])
@@ -310,7 +340,8 @@ def test_bad_options(run, src, texts, tmp_path):
     assert "beta=0.3 is not 0, 1 or a negative power of two" in run("convert", src, out, "--beta", 0.3, status=1)
     for layers in ("2-3", "2-1", "-1", "a", "", "0-1,7"):
         assert "not a range of layers from 0 to 2" in run("convert", src, out, "--layers", layers, status=1)
-    assert "anchor_every=0" in run("convert", src, out, "--anchor-every", 0, status=1)
+    for bits in (0, 23):
+        assert f"grid_bits={bits} is not" in run("convert", src, out, "--grid-bits", bits, status=1)
     assert "no text in it" in run("convert", src, out, "--calibrate", _empty(tmp_path), status=1)
     assert "does not exist" in run("convert", src, out, "--calibrate", tmp_path / "x", status=1)
     assert "not plain text" in run("convert", src, out, "--calibrate", src / "config.json", status=1)

@@ -42,7 +42,7 @@ def test_image_example_learns(tmp_path):
 def test_text_example(tmp_path):
     result = run("examples/finetune_text.py", "--max_steps", 2, "--output_dir", tmp_path, "--max_length", 16)
     assert "AutoModelForSequenceClassification.from_pretrained" in result.stdout
-    assert json.loads((tmp_path / "config.json").read_text())["beta"] == 0.125
+    assert json.loads((tmp_path / "config.json").read_text())["beta"] == 1 / 32
 
 
 @pytest.mark.slow
@@ -67,7 +67,7 @@ def test_adaptation_example(tmp_path):
     """Some steps bring a converted encoder closer to its original; the result is an ordinary checkpoint."""
     (tmp_path / "texts.txt").write_text("\n".join(f"sentence number {i} of a few" for i in range(40)))
     files = ["--train_file", tmp_path / "texts.txt", "--output_dir", tmp_path / "out"]
-    result = run("examples/adapt.py", *files, "--steps", 8, "--batch_size", 4, "--max_length", 12)
+    result = run("examples/adapt.py", *files, "--beta", 0.5, "--steps", 8, "--batch_size", 4, "--max_length", 12)
     first, last = (float(part.split()[0]) for part in result.stdout.split("original: ")[1].split(" at first, "))
     assert 0 < last < first
     assert json.loads((tmp_path / "out" / "config.json").read_text())["beta"] == 0.5
@@ -91,9 +91,11 @@ def test_conversion_study(tmp_path):
 
 @pytest.mark.slow
 def test_states_benchmark(tmp_path):
-    result = run("benchmarks/states.py", "--device", "cpu", "--repeats", 1, "--out", tmp_path)
-    assert "packed / fp64" in result.stdout
-    assert len(json.loads((tmp_path / "states-cpu.json").read_text())["times"]) == 8
+    result = run("benchmarks/states.py", "--device", "cpu", "--repeats", 1, "--threads", 1, 2, "--out", tmp_path)
+    assert all(what in result.stdout for what in ("copies", "checksum", "update, m = 5", "2 threads"))
+    times = json.loads((tmp_path / "states-cpu.json").read_text())["times"]
+    assert len(times) == 2 * 2 * 11 and all(len(row["ms"]) == 1 and row["copies"] > 0 for row in times)
+    assert (tmp_path / "states-cpu.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow
@@ -117,7 +119,8 @@ def test_throughput_benchmark(tmp_path):
 def test_overlap_benchmark(tmp_path):
     size = ["--size", "vit-s", "--depth", 2, "--rounds", 1, "--name", "x", "--out", tmp_path]
     assert "hidden" in run("benchmarks/overlap.py", "--device", "cpu", *size).stdout
-    assert set(json.loads((tmp_path / "x.json").read_text())["traces"]) == {"reprop, beta 0.5", "pareprop, beta 0.5"}
+    traces = json.loads((tmp_path / "x.json").read_text())["traces"]
+    assert set(traces) == {"reprop, beta 0.03125", "pareprop, beta 0.03125"}
     assert (tmp_path / "x.png").stat().st_size > 10_000
 
 

@@ -5,29 +5,61 @@ import threading
 import time
 import weakref
 from contextlib import contextmanager
+from itertools import accumulate
 
 import pytest
 import torch
 from families import FAMILIES, assert_same, assert_same_on_cuda, step
 
+import hf_pareprop as hp
 from hf_pareprop import lanes
-from hf_pareprop.engine import PaReprop
-from hf_pareprop.layer_call import LayerCall, RebuiltStep
+from hf_pareprop.observer import Observer, observing
+from hf_pareprop.tools.accounting import AheadLane
 
 CPU = torch.device("cpu")
 
 
-def test_the_worker_is_used_only_if_cores_are_idle(monkeypatch):
+def test_the_worker_is_used_only_if_cores_are_idle(cores):
     threads = torch.get_num_threads()
-    monkeypatch.setattr(lanes, "_cores", lambda: 2 * threads)
+    cores(2 * threads)
     assert isinstance(lanes.side_lane(CPU), lanes.ThreadLane)
     assert lanes.side_lane(CPU) is lanes.side_lane(CPU)
-    monkeypatch.setattr(lanes, "_cores", lambda: 2 * threads - 1)
+    cores(2 * threads - 1)
     assert isinstance(lanes.side_lane(CPU), lanes.InlineLane)
 
 
 def test_other_devices_run_inline():
     assert isinstance(lanes.side_lane(torch.device("meta")), lanes.InlineLane)
+
+
+def test_a_lane_is_replaced_in_a_context(cores):
+    """Also within another one, and back to the device's own."""
+    cores(2 * torch.get_num_threads())
+    own, mine, yours = lanes.side_lane(CPU), lanes.InlineLane(), AheadLane()
+    with lanes.replaced(lambda device: mine):
+        with lanes.replaced(lambda device: yours if device == CPU else mine):
+            assert lanes.side_lane(CPU) is yours and lanes.side_lane(torch.device("meta")) is mine
+        with lanes.replaced(None):
+            assert lanes.side_lane(CPU) is own
+        assert lanes.side_lane(CPU) is mine
+    assert lanes.side_lane(CPU) is own
+
+
+def test_only_the_overlapping_engine_takes_the_side_lane(family):
+    """And with it in every layer."""
+    sessions = []
+
+    class Counting(AheadLane):
+        def session(self):
+            sessions.append(1)
+            return super().session()
+
+    model, batch = family.build(3, beta=0.5), family.batch()
+    with lanes.replaced(lambda device: Counting()):
+        for engine, expected in (("autograd", 0), ("reprop", 0), ("pareprop", 3)):
+            sessions.clear()
+            step(model, batch, engine)
+            assert len(sessions) == expected
 
 
 def test_inline_work_waits_to_be_asked_for():
@@ -49,9 +81,10 @@ def test_worker_runs_beside_the_caller():
 
 
 def test_a_session_ends_when_its_work_is_done():
-    done = []
+    begun, done = threading.Event(), []
     with pytest.raises(KeyError), lanes.ThreadLane().session() as session:
-        session.start(lambda: (time.sleep(0.2), done.append(1)))
+        session.start(lambda: (begun.set(), time.sleep(0.2), done.append(1)))
+        begun.wait()
         raise KeyError
     assert done == [1]
 
@@ -63,34 +96,33 @@ def test_an_exception_reaches_whoever_asks():
             job.result()
 
 
-def test_the_next_step_is_rebuilt_while_gradients_are_computed(monkeypatch):
+def test_the_next_step_is_rebuilt_while_gradients_are_computed():
     """The schedule of the paper: rebuilding step i-1 begins before the gradients of step i, one step ahead, no more."""
     events = []
-    gradients = RebuiltStep.gradients
 
-    class RecordingSession:
-        def __init__(self, session):
-            self.session = session
-
-        def start(self, work):
-            events.append(("start", work.func.__self__.module.layer_idx, work.args[0]))
-            return self.session.start(work)
-
-    class RecordingLane(lanes.ThreadLane):
+    class Noting(Observer):
         @contextmanager
-        def session(self):
-            with super().session() as session:
-                yield RecordingSession(session)
+        def rebuilding(self, position, step):
+            events.append(("rebuild", position, step))
+            yield
 
-    lane = RecordingLane()
-    monkeypatch.setattr(PaReprop, "lane", staticmethod(lambda device: lane))
-    monkeypatch.setattr(
-        RebuiltStep, "gradients", lambda self, grad: events.append("gradients") or gradients(self, grad)
-    )
+        @contextmanager
+        def differentiating(self, position, step):
+            events.append(("gradients", position, step))
+            yield
+
     family = FAMILIES["vit"]
-    step(family.build(2, beta=0.5), family.batch(), "pareprop")
-    g = "gradients"
-    assert events == [("start", 1, 1), ("start", 1, 0), g, ("start", 0, 1), g, ("start", 0, 0), g, g]
+    model, batch = family.build(2, beta=0.5), family.batch()
+    places = [(1, 1), (1, 0), (0, 1), (0, 0)]
+    rebuilds, gradients = ([(what, *place) for place in places] for what in ("rebuild", "gradients"))
+    with observing(Noting()):
+        step(model, batch, "reprop")
+        assert events == [event for pair in zip(rebuilds, gradients, strict=True) for event in pair]
+        events.clear()
+        with lanes.replaced(lambda device: AheadLane()):  # what is begun runs at once
+            step(model, batch, "pareprop")
+    begun_ahead = zip(rebuilds[1:], gradients[:-1], strict=True)
+    assert events == [rebuilds[0], *(event for pair in begun_ahead for event in pair), gradients[-1]]
 
 
 def _train_in_child(queue):
@@ -99,9 +131,9 @@ def _train_in_child(queue):
 
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
-def test_a_forked_child_can_train(monkeypatch):
+def test_a_forked_child_can_train(cores):
     """The worker thread does not survive a fork; waiting for it would hang for ever."""
-    monkeypatch.setattr(lanes, "_cores", lambda: 2 * torch.get_num_threads())
+    cores(2 * torch.get_num_threads())
     family = FAMILIES["vit"]
     model, batch = family.build(2, beta=0.5), family.batch()
     loss, reference, _ = step(model, batch, "pareprop")
@@ -117,7 +149,7 @@ def test_a_forked_child_can_train(monkeypatch):
 @pytest.mark.cuda
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("beta", [1.0, 0.5, 0.25, [0.5, 0, 1.0, 0.25, 0.25]])
+@pytest.mark.parametrize("beta", [1.0, 0.5, 1 / 32, 1 / 256, [0.5, 0, 1.0, 0.25, 0.25]])
 def test_cuda_engines_agree(family, beta, autocast, dropout):
     model = family.build(5, dropout, beta=beta).cuda()
     batch = {k: v.cuda() for k, v in family.batch().items()}
@@ -132,8 +164,6 @@ def test_cuda_engines_agree(family, beta, autocast, dropout):
 
 @pytest.mark.cuda
 def test_cuda_states_are_rebuilt_bit_for_bit(family):
-    import hf_pareprop as hp
-
     model = family.build(24, 0.1, beta=0.5).cuda()
     batch = {k: v.cuda() for k, v in family.batch().items()}
     with torch.autocast("cuda", torch.bfloat16):
@@ -187,20 +217,31 @@ def test_cuda_memory_is_flat_in_depth(family):
         assert slope(lambda depth, e=engine: family.build(depth, beta=0.5, backward_engine=e)) <= 0.03 * stock
 
 
-def test_graphs_alive_at_a_time(family, lane, monkeypatch):
+@pytest.mark.parametrize("engine", ["reprop", "pareprop"])
+def test_graphs_alive_at_a_time(family, lane, engine):
     """One step's with `reprop`, two with `pareprop` where it overlaps: counted from a rebuild's start to its graph's end."""
-    alive, highest, rebuild = [0], [0], LayerCall.rebuild
+    overlaps = engine == "pareprop" and lane == "thread"
+    changes, begun = [], threading.Semaphore(0)  # of both threads
 
-    def counting(self, *args):
-        alive[0] += 1
-        highest[0] = max(highest[0], alive[0])
-        rebuilt = rebuild(self, *args)
-        weakref.finalize(rebuilt, lambda: alive.__setitem__(0, alive[0] - 1))
-        return rebuilt
+    class Counting(Observer):
+        @contextmanager
+        def rebuilding(self, position, step):
+            changes.append(1)
+            if (position, step) != (4, 1):  # the first one
+                begun.release()
+            yield
 
-    monkeypatch.setattr(LayerCall, "rebuild", counting)
+        def step_rebuilt(self, position, step, rebuilt):
+            weakref.finalize(rebuilt, changes.append, -1)
+
+        @contextmanager
+        def differentiating(self, position, step):
+            if overlaps and (position, step) != (0, 0):
+                assert begun.acquire(timeout=60)  # the next rebuild has begun
+            yield
+
     model = family.build(5, 0.1, beta=0.5)
-    for engine, most in (("reprop", 1), ("pareprop", 2 if lane == "thread" else 1)):
-        highest[0] = 0
+    with observing(Counting()):
         step(model, family.batch(), engine)
-        assert (highest[0], alive[0]) == (most, 0)
+    alive = list(accumulate(changes))
+    assert (max(alive), alive[-1], len(alive)) == (2 if overlaps else 1, 0, 20)

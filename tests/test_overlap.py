@@ -7,7 +7,6 @@ import torch
 from families import FAMILIES
 from tracing import GRADIENTS, REBUILD, Span, busy, hidden_share, host_synchronisations, length, spans_of, traced
 
-from hf_pareprop.layer_call import LayerCall, RebuiltStep
 from hf_pareprop.tools.compare import resized
 
 
@@ -88,31 +87,42 @@ def test_calls_that_make_the_host_wait_are_found():
     assert host_synchronisations(events) == ["cudaStreamSynchronize", "cudaMemcpy", "cudaDeviceSynchronize"]
 
 
-def forward_of(family, engine, device):
-    """The forward pass of a model that has trained a step; of a size at which a thread's start is nothing beside a step."""
-    chosen = FAMILIES[family]._replace(
-        fields={**FAMILIES[family].fields, "hidden_size": 128, "intermediate_size": 512}
-    )
-    model = chosen.build(depth=4, backward_engine=engine, beta=0.5).to(device)
-    batch = {name: tensor.to(device) for name, tensor in resized(chosen.batch(), 64).items()}
-    model(**batch).loss.backward()
-    return lambda: model(**batch).loss
+def model_and_batch(family, engine, device):
+    """Of a size at which a thread's start is nothing beside a step."""
+    model = FAMILIES[family].build(depth=4, backward_engine=engine, beta=0.5, hidden_size=128, intermediate_size=512)
+    batch = {name: tensor.to(device) for name, tensor in resized(FAMILIES[family].batch(), 64).items()}
+    return model.to(device), batch
 
 
-def slowed(function):
-    def inner(*args):
-        time.sleep(0.03)  # far longer than a thread takes to start, also where the cores are busy
-        return function(*args)
+class Slow(torch.autograd.Function):
+    """Takes its time in both directions: far longer than a thread takes to start, also where the cores are busy."""
 
-    return inner
+    @staticmethod
+    def forward(ctx, x):
+        time.sleep(0.03)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        time.sleep(0.03)
+        return grad
+
+
+def slow_down(model):
+    """Make both steps of every layer slow."""
+    for layer in model.base_model.encoder.layer:
+        for dense in (layer.attention.output.dense, layer.output.dense):
+            dense.forward = lambda x, original=dense.forward: Slow.apply(original(x))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_worker_thread_hides_rebuilding(family, lane, monkeypatch):
-    monkeypatch.setattr(LayerCall, "rebuild", slowed(LayerCall.rebuild))
-    monkeypatch.setattr(RebuiltStep, "gradients", slowed(RebuiltStep.gradients))
-    device = torch.device("cpu")
-    spans = {e: spans_of(traced(forward_of(family, e, device)().backward, device)) for e in ("reprop", "pareprop")}
+def test_worker_thread_hides_rebuilding(family, lane):
+    device, spans = torch.device("cpu"), {}
+    for engine in ("reprop", "pareprop"):
+        model, batch = model_and_batch(family, engine, device)
+        slow_down(model)
+        model(**batch).loss.backward()
+        spans[engine] = spans_of(traced(lambda model=model, batch=batch: model(**batch).loss.backward(), device))
     for own in spans.values():
         for kind in (REBUILD, GRADIENTS):
             assert [s.step for s in own if s.kind == kind] == list(range(8))
@@ -130,13 +140,14 @@ def test_worker_thread_hides_rebuilding(family, lane, monkeypatch):
 def test_streams_hide_rebuilding_without_host_synchronisation(family, bf16):
     device = torch.device("cuda", 0)
     with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
-        forward = forward_of(family, "pareprop", device)
-        loss = forward()
+        model, batch = model_and_batch(family, "pareprop", device)
+        model(**batch).loss.backward()
+        loss = model(**batch).loss
         torch.cuda.set_sync_debug_mode("error")
         try:
             loss.backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        events = traced(forward().backward, device)
+        events = traced(lambda: model(**batch).loss.backward(), device)
     assert host_synchronisations(events) == []
     assert hidden_share(spans_of(events)) > 0

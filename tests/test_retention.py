@@ -8,40 +8,25 @@ import torch
 import transformers
 from families import FAMILIES, assert_same, cast, step
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 import hf_pareprop as hp
 from hf_pareprop import memory_probe, retention
-from hf_pareprop.layer_call import LayerCall
 from hf_pareprop.memory_probe import coming, counting_saved
 from hf_pareprop.retention import Retention, RetentionPlan, Sizes, share_out
-from hf_pareprop.saved_linear import SavedLinears
 from hf_pareprop.tools.accounting import predict
 from hf_pareprop.tools.compare import resized
 from hf_pareprop.tools.contenders import Subject, reversible_contenders
 
 DEPTH = 4
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def rebuilt(monkeypatch):
-    """The layers rebuilt since this list was last cleared, by what their records say."""
-    found = []
-    original = LayerCall.rebuild
-
-    def noting(self, index, *args):
-        found.append((self.module.layer_idx, index))
-        return original(self, index, *args)
-
-    monkeypatch.setattr(LayerCall, "rebuild", noting)
-    return found
+PLENTY = "1TB"
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("beta", [1.0, 0.5, [0.5, 0, 1.0, 0.25], [0.5, 0.5, 0.25, 0]])
+@pytest.mark.parametrize("beta", [1.0, 0.5, 1 / 256, [0.5, 0, 1.0, 0.25], [0.5, 0.5, 0.25, 0]])
 @pytest.mark.parametrize("layers", [1, 2, 3, 4, 9])
 def test_gradients_are_the_same(name, precision, dropout, beta, layers, rebuilt):
     family = FAMILIES[name]
@@ -50,7 +35,7 @@ def test_gradients_are_the_same(name, precision, dropout, beta, layers, rebuilt)
     if precision == "bf16":
         model, batch = model.to(torch.bfloat16), cast(batch, torch.bfloat16)
     loss, grads, rng = step(model, batch, "autograd", autocast=autocast)
-    model.set_retention(layers)
+    model.set_memory_budget(f"{layers} layers")
     for engine in ("reprop", "pareprop"):
         rebuilt.clear()
         again = step(model, batch, engine, autocast=autocast)
@@ -58,15 +43,14 @@ def test_gradients_are_the_same(name, precision, dropout, beta, layers, rebuilt)
         assert_same(grads, again[1])
         assert torch.equal(rng, again[2])
         betas = beta if isinstance(beta, list) else [beta] * DEPTH
-        expected = [(i, s) for i in range(DEPTH) for s in (0, 1) if betas[i] and i < DEPTH - layers]
-        assert sorted(rebuilt) == expected
+        assert sorted(rebuilt) == [(i, s) for i in range(DEPTH) for s in (0, 1) if betas[i] and i < DEPTH - layers]
 
 
-def test_with_anchors_and_the_overlap(family, lane):
-    model = family.build(6, 0.1, beta=0.5, anchor_every=2)
+def test_with_the_overlap(family, lane):
+    model = family.build(6, 0.1, beta=0.5)
     reference = step(model, family.batch(), "autograd")
     for layers in range(7):
-        model.set_retention(layers)
+        model.set_memory_budget(f"{layers} layers")
         assert_same(reference[1], step(model, family.batch(), "pareprop")[1])
 
 
@@ -75,14 +59,43 @@ def test_frozen_layers_and_two_forwards_before_a_backward(family):
     for layer in model.base_model.encoder.layer[:2]:
         layer.requires_grad_(False)
     found = []
-    for layers in (0, 3):
-        model.set_retention(layers)
+    for budget in (None, "3 layers"):
+        model.set_memory_budget(budget)
         model.zero_grad()
         torch.manual_seed(5)
         losses = [model(**family.batch()).loss for _ in range(2)]
         (losses[1] + 2 * losses[0]).backward()
         found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
     assert_same(*found)
+
+
+class Noting(Retention):
+    """Remembers what it planned."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.planned = []
+
+    def plan(self, embeddings, plans):
+        self.planned.append(super().plan(embeddings, plans))
+        return self.planned[-1]
+
+
+def noting(model, budget):
+    """Give ``model`` a budget, and return what remembers the plans."""
+    base = model.base_model
+    base.retention = Noting(budget, base.encoder.layer.parameters, base.logits_per_state)
+    return base.retention
+
+
+def amount(size):
+    """A budget of so many bytes; dividing by a power of two loses none."""
+    return f"{size / 1024}KB"
+
+
+def without_narrowing(family, dropout=0.0):
+    """A model whose layers have no results of linear layers to keep, so that graphs alone are kept."""
+    return family.build(DEPTH, dropout, beta=0.5, intermediate_size=32)
 
 
 def kept_bytes(model, batch):
@@ -93,21 +106,21 @@ def kept_bytes(model, batch):
     return sum(found.values())
 
 
-def graph_size(model):
-    """Bytes that a layer keeps, measured in the one forward pass so far."""
-    ((graph, _),) = model.base_model.retention._sizes.values()
-    return graph
+def size_of_a_layer(model):
+    """Bytes that a layer keeps, measured for the one shape so far."""
+    (sizes,) = model.base_model.retention.measured.values()
+    return sizes
 
 
 def test_a_layer_is_measured_as_what_it_keeps(family):
     """What one more kept layer adds to all that is saved, and not to what the hooks of others see."""
     model, batch = family.build(DEPTH, 0.1, beta=0.5), resized(family.batch(), 24)
-    model.set_retention(memory_budget=10**12)
+    model.set_memory_budget(PLENTY)
     model(**batch)
-    size = graph_size(model)
-    model.set_retention(1)
+    size = size_of_a_layer(model).graph
+    model.set_memory_budget("1 layer")
     one = kept_bytes(model, batch)
-    model.set_retention(3)
+    model.set_memory_budget("3 layers")
     assert kept_bytes(model, batch) - one == pytest.approx(2 * size, rel=0.1)
 
 
@@ -121,10 +134,10 @@ def test_prediction_of_memory_is_within_ten_per_cent(family_name, bf16):
     batch = resized(family.batch(), 64)
     (way,) = reversible_contenders([0.5], ("reprop",))
     model = subject.build(way)
-    model.set_retention(memory_budget=10**12)
+    model.set_memory_budget(PLENTY)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         model(**batch)
-    size = graph_size(model)
+    size = size_of_a_layer(model).graph
 
     def graphs(layers):
         return predict(subject, way.retaining(layers), batch, CPU, bf16).graphs
@@ -138,19 +151,13 @@ def layers_kept(model, batch, rebuilt):
     return model.config.num_hidden_layers - len({layer for layer, _ in rebuilt})
 
 
-@pytest.fixture
-def no_products(monkeypatch):
-    """Graphs alone are kept, as in a model that has no products."""
-    monkeypatch.setattr(SavedLinears, "results", [])
-
-
-def test_bytes(family, rebuilt, no_products):
-    model, batch = family.build(DEPTH, beta=0.5), family.batch()
-    model.set_retention(memory_budget=10**12)
+def test_bytes(family, rebuilt):
+    model, batch = without_narrowing(family), family.batch()
+    model.set_memory_budget(PLENTY)
     assert [layers_kept(model, batch, rebuilt) for _ in range(2)] == [1, DEPTH]
-    size = graph_size(model)
+    size = size_of_a_layer(model).graph
     for budget, expected in ((0, 0), (size - 1, 0), (size, 1), (3 * size + 1, 3)):
-        model.set_retention(memory_budget=budget)
+        model.set_memory_budget(amount(budget))
         layers_kept(model, batch, rebuilt)
         assert layers_kept(model, batch, rebuilt) == expected
 
@@ -163,7 +170,7 @@ def test_bytes(family, rebuilt, no_products):
         (9, (0, 0)),
         (10, (0, 1)),
         (39, (0, 3)),
-        (40, (0, 4)),  # all products, then graphs in their place
+        (40, (0, 4)),  # all results of linear layers, then graphs in their place
         (129, (0, 4)),
         (130, (1, 3)),
         (399, (3, 1)),
@@ -172,152 +179,135 @@ def test_bytes(family, rebuilt, no_products):
     ],
 )
 def test_sharing_out(allowance, kept):
-    assert share_out(allowance, Sizes(graph=100, products=10), 4) == kept
-    assert RetentionPlan(*kept).bytes(Sizes(100, 10)) <= max(0, allowance)
+    """Within the allowance, and it says how much that is."""
+    plan = share_out(allowance, Sizes(graph=100, linears=10), 4)
+    assert (plan.graphs, plan.linears) == kept
+    assert plan.bytes == 100 * kept[0] + 10 * kept[1] <= max(0, allowance)
 
 
 @pytest.mark.parametrize("allowance, kept", [(-1, 0), (0, 0), (99, 0), (100, 1), (399, 3), (400, 4), (500, 4)])
-def test_sharing_out_without_products(allowance, kept):
-    assert share_out(allowance, Sizes(graph=100), 4) == (kept, 0)
+def test_sharing_out_without_narrowing_layers(allowance, kept):
+    assert share_out(allowance, Sizes(graph=100), 4) == RetentionPlan(kept, 0, 100 * kept)
 
 
-def test_products_are_measured_and_kept_by_a_budget(family, monkeypatch):
+def test_results_of_linear_layers_are_measured_and_kept_by_a_budget(family):
     model, batch = family.build(DEPTH, beta=0.5), family.batch()
-    model.set_retention(memory_budget=10**12)
+    model.set_memory_budget(PLENTY)
     model(**batch)
-    ((graph, products),) = model.base_model.retention._sizes.values()
+    graph, linears = size_of_a_layer(model)
     tokens = 3 * (11 if "input_ids" in batch else 10)
-    assert products == tokens * 32 * 4 < graph / 8
-    planned, original = [], Retention.plan
-
-    def noting(self, *args):
-        planned.append(original(self, *args))
-        return planned[-1]
-
-    monkeypatch.setattr(Retention, "plan", noting)
+    assert linears == tokens * 32 * 4 < graph / 8
     reference = step(model, batch, "autograd")
-    model.set_retention(memory_budget=2 * graph + 2 * products)
+    planned = noting(model, amount(2 * graph + 2 * linears)).planned
     for _ in range(2):
         assert_same(reference[1], step(model, batch, "pareprop")[1])
-    assert planned[1:] == [(1, 0), (2, 2)]
+    assert [(plan.graphs, plan.linears) for plan in planned] == [(1, 0), (2, 2)]
+    assert planned[1].bytes == 2 * graph + 2 * linears
 
 
-def test_other_shapes(family, rebuilt, no_products):
+def test_other_shapes(family, rebuilt):
     """By what a layer kept per element at first, then as measured; small batches keep more layers."""
-    model, batch = family.build(DEPTH, beta=0.5), family.batch()
-    model.set_retention(memory_budget=10**12)
+    model, batch = without_narrowing(family), family.batch()
+    model.set_memory_budget(PLENTY)
     model(**resized(batch, 8))
-    size = graph_size(model)
-    model.set_retention(memory_budget=2 * size)
+    size = size_of_a_layer(model).graph
+    model.set_memory_budget(amount(2 * size))
     model(**resized(batch, 8))
     kept = {n: layers_kept(model, resized(batch, n), rebuilt) for n in (8, 4, 16, 32)}
     assert kept == {8: 2, 4: 4, 16: 1, 32: 0}
-    assert len(model.base_model.retention._sizes) == 3  # nothing kept, nothing measured
+    shapes = [shape[0] for shape, _, _ in model.base_model.retention.measured]
+    assert shapes == [8, 4, 16]  # nothing kept, nothing measured
 
 
-def test_free_memory(family, rebuilt, monkeypatch, no_products):
+def test_free_memory(family, rebuilt, monkeypatch):
     """Looked at in the third step; what the first two had at their peak besides is scaled up for larger batches."""
-    model, batch = family.build(DEPTH, beta=0.5), family.batch()
-    model.set_retention(memory_budget=10**12)
+    model, batch = without_narrowing(family), family.batch()
+    model.set_memory_budget(PLENTY)
     model(**resized(batch, 8))
-    size = graph_size(model)
+    size = size_of_a_layer(model).graph
     monkeypatch.setattr(retention, "free_memory", lambda device: (4 * size, 3 * size))
-    model.set_retention(memory_budget=0.5)
+    model.set_memory_budget("50%")
     assert [layers_kept(model, resized(batch, 8), rebuilt) for _ in range(3)] == [1, 1, 3]
     assert layers_kept(model, resized(batch, 9), rebuilt) == 2
     assert layers_kept(model, resized(batch, 16), rebuilt) == 0
-    model.set_retention(memory_budget="auto")
+    model.set_memory_budget("auto")
     monkeypatch.setattr(retention, "free_memory", lambda device: (int(3.9 / retention.SHARE["cpu"] * size), 0))
     assert [layers_kept(model, resized(batch, 8), rebuilt) for _ in range(3)] == [1, 1, 4]
 
 
-def test_what_is_allocated_later_counts(family, rebuilt, monkeypatch, no_products):
+def test_what_is_allocated_later_counts(family, rebuilt, monkeypatch):
     """With gradient accumulation the optimizer's state comes after the third forward pass."""
-    model, batch = family.build(DEPTH, beta=0.5), family.batch()
-    model.set_retention(memory_budget=10**12)
+    model, batch = without_narrowing(family), family.batch()
+    model.set_memory_budget(PLENTY)
     model(**batch)
-    size = graph_size(model)
+    size = size_of_a_layer(model).graph
     used = [5 * size]
     monkeypatch.setattr(retention, "free_memory", lambda device: (3 * size, 0))
     monkeypatch.setattr(retention, "in_use", lambda device: used[0])
-    model.set_retention(memory_budget=1.0)
+    model.set_memory_budget("100%")
     assert [layers_kept(model, batch, rebuilt) for _ in range(3)] == [1, 1, 4]
     for now, expected in ((7, 2), (9, 0), (4, 4)):
         used[0] = now * size
         assert layers_kept(model, batch, rebuilt) == expected
 
 
-def test_out_of_memory_is_survived(family, rebuilt, monkeypatch, no_products):
+def out_of_memory(module, args):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_out_of_memory_is_survived(family, rebuilt):
     """In the forward pass of the third layer, once: half as many layers keep their graphs from then on."""
-    model, batch = family.build(DEPTH, 0.1, beta=0.5), family.batch()
-    model.set_retention(memory_budget=10**12)
+    model, batch = without_narrowing(family, 0.1), family.batch()
+    model.set_memory_budget(PLENTY)
     layers_kept(model, batch, rebuilt)
-    original, failures = LayerCall.run, []
 
-    def fails_once(self, previous, current, undoable=False):
-        if self.module.layer_idx == 2 and not undoable and not failures:
-            failures.append(1)
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(self, previous, current, undoable)
+    def once(module, args):
+        handle.remove()
+        out_of_memory(module, args)
 
-    monkeypatch.setattr(LayerCall, "run", fails_once)
+    handle = model.base_model.encoder.layer[2].register_forward_pre_hook(once)
+    torch.manual_seed(3)
     assert [layers_kept(model, batch, rebuilt) for _ in range(2)] == [2, 2]
-    assert failures
 
 
-def test_out_of_memory_with_nothing_kept_is_an_error(family, monkeypatch):
+def test_out_of_memory_with_nothing_kept_is_an_error(family):
     model = family.build(DEPTH, beta=0.5)
-
-    def fails(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(LayerCall, "run", fails)
-    for memory_budget in (None, 0, "auto"):
-        model.set_retention(memory_budget=memory_budget)
+    model.base_model.encoder.layer[2].register_forward_pre_hook(out_of_memory)
+    for budget in (None, "0KB", "auto", "2 layers"):
+        model.set_memory_budget(budget)
         with pytest.raises(torch.OutOfMemoryError):
             model(**family.batch())
 
 
 def test_nothing_is_kept_without_gradients(family):
-    model = family.build(DEPTH, beta=0.5)
-    model.set_retention(memory_budget="auto")
+    """Nor is a step without them one of those after which memory is looked at."""
+    model, batch = family.build(DEPTH, beta=0.5), family.batch()
+    planned = noting(model, "auto").planned
     with torch.no_grad():
         for _ in range(4):
-            model(**family.batch())
-    assert model.base_model.retention._steps == 0
-
-
-@pytest.mark.parametrize(
-    "fields, message",
-    [
-        (dict(retained_layers=-1), "retained_layers=-1 is not a number of layers"),
-        (dict(retained_layers=True), "retained_layers=True"),
-        (dict(memory_budget="lots"), "memory_budget='lots' is not None, 'auto'"),
-        (dict(memory_budget=1.5), "memory_budget=1.5"),
-        (dict(memory_budget=-1), "memory_budget=-1"),
-        (dict(memory_budget=True), "memory_budget=True"),
-        (dict(retained_layers=1, memory_budget="auto"), "exclude each other"),
-    ],
-)
-def test_bad_values(fields, message):
-    with pytest.raises(ValueError, match=message):
-        hp.RevViTConfig(**fields)
+            model(**batch)
+    assert planned == [RetentionPlan()] * 4
+    for _ in range(3):
+        model(**batch).loss.backward()
+    assert [plan.graphs for plan in planned[4:]] == [1, 1, DEPTH]
 
 
 def test_free_memory_of_this_machine():
     free, transient = memory_probe.free_memory(CPU)
     assert 2**20 < free < 2**50 and transient == 0
-    with pytest.raises(ValueError, match="give memory_budget as a number of bytes"):
+    with pytest.raises(ValueError, match="how much memory of mps is free is not known"):
         memory_probe.free_memory(torch.device("mps"))
 
 
 def test_it_travels_with_the_configuration_and_not_into_the_stock_one(tmp_path):
     family = FAMILIES["vit"]
-    family.build(2, memory_budget=0.25).save_pretrained(tmp_path)
+    family.build(2, memory_budget="25%").save_pretrained(tmp_path)
     again = family.model.from_pretrained(tmp_path)
-    assert again.config.memory_budget == 0.25
+    assert again.config.memory_budget == "25%"
+    again.set_memory_budget("auto")
+    assert again.config.memory_budget == "25%"
     assert not hasattr(hp.to_stock(again).config, "memory_budget")
-    assert family.model.from_pretrained(tmp_path, memory_budget=None, retained_layers=1).config.retained_layers == 1
+    assert family.model.from_pretrained(tmp_path, memory_budget="1 layer").config.memory_budget == "1 layer"
 
 
 def test_callback(tmp_path, rebuilt):
@@ -326,22 +316,9 @@ def test_callback(tmp_path, rebuilt):
     model, batch = family.build(DEPTH, 0.1, beta=0.5), family.batch()
     rows = [{name: tensor[i] for name, tensor in batch.items()} for i in range(3)] * 4
     args = TrainingArguments(tmp_path, max_steps=4, per_device_train_batch_size=3, use_cpu=True, report_to="none")
-    callback = hp.MemoryBudget(10**12)
-    from transformers import Trainer
-
-    Trainer(model, args, train_dataset=rows, callbacks=[callback]).train()
+    Trainer(model, args, train_dataset=rows, callbacks=[hp.MemoryBudget(PLENTY)]).train()
     assert len(rebuilt) == 2 * (DEPTH - 1)  # in the first step alone
     assert model.config.memory_budget is None and model.base_model.retention is None
-
-
-def planned_bytes(model, batch):
-    """What each of two forward and backward passes plans to keep; the first one measures."""
-    found = []
-    for _ in range(2):
-        loss = model(**batch).loss
-        found.append(model.base_model.retention._planned)
-        loss.backward()
-    return found
 
 
 def gradient_bytes(model):
@@ -350,26 +327,29 @@ def gradient_bytes(model):
 
 def test_gradients_that_are_there_already_leave_nothing(family):
     """Of the second step on in gradient accumulation: what is kept would come on top of the peak."""
-    model, batch = family.build(DEPTH, memory_budget="gradients"), family.batch()
-    model(**batch).loss.backward()
-    assert planned_bytes(model, batch) == [0, 0]
+    model, batch = family.build(DEPTH), resized(family.batch(), 1)
+    planned = noting(model, "gradients").planned
+    for _ in range(2):
+        model(**batch).loss.backward()
     model.zero_grad()
-    assert planned_bytes(model, batch)[0] > 0
+    model(**batch)
+    assert [plan.graphs for plan in planned] == [1, 0, DEPTH]
+    assert planned[1].bytes == 0 < planned[2].bytes
 
 
 def test_no_more_is_kept_than_gradients_take(family):
-    model = family.build(DEPTH, memory_budget="gradients")
-    planned = []
+    model = family.build(DEPTH)
+    kept, found = noting(model, "gradients"), []
     for size in (1, 10, 100, 1000):
         for _ in range(2):
             model(**resized(family.batch(), size))
-        planned.append(model.base_model.retention._planned)
-    assert planned[0] == DEPTH * model.base_model.retention._sizes[min(model.base_model.retention._sizes)].graph
-    assert 0 < planned[1] <= gradient_bytes(model) and planned[-1] == 0
+        found.append(kept.planned[-1].bytes)
+    assert found[0] == DEPTH * next(iter(kept.measured.values())).graph
+    assert 0 < found[1] <= gradient_bytes(model) and found[-1] == 0
 
 
 def test_frozen_parameters_and_freed_gradients_do_not_count(family):
-    model = family.build(DEPTH, memory_budget="gradients")
+    model = family.build(DEPTH)
     layers = model.base_model.encoder.layer
     for parameter in layers[0].parameters():
         parameter.requires_grad_(False)
@@ -381,27 +361,31 @@ def test_frozen_parameters_and_freed_gradients_do_not_count(family):
 
 def test_forward_passes_share_what_gradients_take(family):
     """Forward passes before one backward pass keep no more than one may; those that ended or were dropped do not count."""
-    model, batch = family.build(DEPTH, memory_budget="gradients"), resized(family.batch(), 1)
+    model, batch = family.build(DEPTH), resized(family.batch(), 1)
+    kept = noting(model, "gradients")
     model(**batch)
-    retention = model.base_model.retention
-    planned = []
+    size = size_of_a_layer(model).graph
+    kept.planned.clear()
 
     def loss():
-        found = model(**batch).loss
-        planned.append(retention._planned)
-        return found
+        return model(**batch).loss
 
     losses = [loss() for _ in range(12)]
-    assert planned[0] == DEPTH * graph_size(model) and planned[-1] == 0
+    planned = [plan.bytes for plan in kept.planned]
+    assert planned[0] == DEPTH * size and planned[-1] == 0
     assert sum(planned) <= gradient_bytes(model)
-    assert sum(retention._waiting.values()) == sum(planned)
     sum(losses).backward()
-    assert not retention._waiting
     model.zero_grad()
-    dropped = loss()
-    assert planned[-1] == planned[0] and len(retention._waiting) == 1
-    del dropped
-    assert not retention._waiting
+    for _ in range(3):  # each one dropped before the next
+        loss()
+        assert kept.planned[-1].bytes == planned[0]
+    another = loss()
+    assert kept.planned[-1].bytes == planned[0]
+    losses = [loss() for _ in range(11)]
+    assert [plan.bytes for plan in kept.planned[-12:]] == planned
+    del another, losses
+    loss()
+    assert kept.planned[-1].bytes == planned[0]
 
 
 @pytest.mark.parametrize("beta", [1.0, 0.5, 1 / 32])
@@ -419,11 +403,12 @@ def test_the_peak_does_not_move(family_name, engine, bf16, beta):
         batch = resized(family.batch(), size)
         none, free = (predict(subject, contender, batch, CPU, bf16) for contender in (way, way.within_gradients()))
         assert free.total <= 1.01 * none.total
-        model = subject.build(way.within_gradients())
+        model = subject.build(way)
+        planned = noting(model, "gradients").planned
         for _ in range(2):
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 model(**batch)
-        kept.append(model.base_model.retention._planned)
+        kept.append(planned[-1].bytes)
     assert kept[0] > 0
 
 
@@ -440,15 +425,23 @@ def test_the_peak_does_not_move_where_the_head_makes_it(size, bf16):
     assert free.total <= 1.01 * none.total
 
 
-def test_copies_measure_for_themselves(family):
+def test_copies_measure_for_themselves(family, rebuilt):
     """A copy of a model, or one that was pickled, keeps the budget and counts its own parameters."""
-    model = family.build(DEPTH, memory_budget="gradients")
-    loss = model(**family.batch()).loss
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        retention = twin.base_model.retention
-        assert not retention._sizes and not retention._waiting
-        assert next(iter(retention._parameters())) is next(twin.base_model.encoder.layer.parameters())
-        assert_same(step(model, family.batch(), "autograd")[1], step(twin, family.batch(), "pareprop")[1])
+    model, batch = family.build(DEPTH, memory_budget="gradients"), resized(family.batch(), 1)
+    model(**batch).loss.backward()
+    assert len(model.base_model.retention.measured) == 1
+    loss = model(**batch).loss  # a graph that no copy has
+    for copied in (copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))):
+        model.set_backward_engine("reprop")
+        twin = copied(model)
+        assert twin.base_model.retention is not model.base_model.retention
+        assert not twin.base_model.retention.measured
+        twin.zero_grad()
+        # The first pass measures one layer, the second one finds gradients of its own.
+        assert [layers_kept(twin, batch, rebuilt) for _ in range(2)] == [1, 0]
+        twin.zero_grad()
+        assert layers_kept(twin, batch, rebuilt) == DEPTH
+        assert_same(step(model, batch, "autograd")[1], step(twin, batch, "pareprop")[1])
     del loss
 
 
@@ -460,7 +453,7 @@ def test_auto_on_cuda(family_name, rebuilt):
     model = family.build(DEPTH, 0.1, beta=0.5).to(device)
     batch = {name: tensor.to(device) for name, tensor in family.batch().items()}
     reference = step(model, batch, "pareprop")
-    model.set_retention(memory_budget="auto")
+    model.set_memory_budget("auto")
     assert [layers_kept(model, batch, rebuilt) for _ in range(3)] == [1, 1, DEPTH]
     assert_same(reference[1], step(model, batch, "pareprop")[1])
 
@@ -468,7 +461,7 @@ def test_auto_on_cuda(family_name, rebuilt):
 def test_the_hooks_of_others_are_left_alone(family):
     """Measuring works inside a user's own hooks, such as offloading."""
     model = family.build(2, beta=0.5)
-    model.set_retention(memory_budget=10**12)
+    model.set_memory_budget(PLENTY)
     with saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
         first = step(model, family.batch(), "pareprop")
     assert_same(first[1], step(model, family.batch(), "pareprop")[1])

@@ -5,7 +5,7 @@ import torch
 from families import FAMILIES, assert_same, step
 from transformers import set_seed
 
-from hf_pareprop.replay import StepContext
+from hf_pareprop.replay import Conditions, StepContext
 
 ENGINES = ["reprop", "pareprop"]
 
@@ -46,19 +46,34 @@ def test_successive_steps_draw_different_masks(family):
     assert model(**batch).loss.item() != model(**batch).loss.item()
 
 
-def test_states_are_kept_only_if_random_numbers_were_drawn():
-    context = StepContext(torch.device("cpu"))
-    context.record(lambda: torch.ones(3).mul(2))
-    assert context._rng is None
+def new_context():
+    return StepContext(Conditions([torch.nn.Dropout()], torch.device("cpu")))
+
+
+def test_a_replay_draws_the_same_numbers():
+    """From the state before the step, and leaves the generator as it found it."""
+    context, before = new_context(), torch.get_rng_state()
     drawn = context.record(lambda: torch.rand(3))
+    torch.rand(5)
     found = torch.get_rng_state()
-    assert torch.equal(context.replay(lambda: torch.rand(3)), drawn)
-    assert torch.equal(found, torch.get_rng_state())
+    for _ in range(2):
+        assert torch.equal(context.replay(lambda: torch.rand(3)), drawn)
+        assert torch.equal(context.replay(torch.get_rng_state), before)
+        assert torch.equal(found, torch.get_rng_state())
+
+
+def test_generators_are_moved_only_if_random_numbers_were_drawn():
+    context = new_context()
+    context.record(lambda: torch.ones(3).mul(2))
+    torch.rand(5)
+    found = torch.get_rng_state()
+    assert torch.equal(context.replay(torch.get_rng_state), found)
 
 
 def test_the_state_is_restored_when_the_replay_raises():
-    context = StepContext(torch.device("cpu"))
+    context = new_context()
     context.record(lambda: torch.rand(3))
+    torch.rand(5)
     found = torch.get_rng_state()
     with pytest.raises(ZeroDivisionError):
         context.replay(lambda: torch.rand(3) / (1 // 0))

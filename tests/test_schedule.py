@@ -97,8 +97,5 @@ def test_what_is_refused(tmp_path):
             load_best_model_at_end=True, eval_strategy="no", save_strategy="best", metric_for_best_model="x"
         )
         train(family, tmp_path, model=build(family), callbacks=[hp.BetaSchedule.anneal()], **arguments)
-    tight = family.build(8, beta=0.5, grid_bits=None, anchor_every=8)
-    with pytest.raises(ValueError, match="lower anchor_every"):
-        train(family, tmp_path, model=tight, callbacks=[hp.BetaSchedule.anneal()])
     with pytest.raises(ValueError, match="is not a reversible model"):
         train(family, tmp_path, model=family.build_stock(), callbacks=[hp.BetaSchedule.anneal()])

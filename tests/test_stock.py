@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 import transformers
-from families import FAMILIES, IMAGE, TEXT, cast, gradients, image_batch, step, text_batch
+from families import FAMILIES, IMAGE, TEXT, assert_same, cast, gradients, image_batch, step, text_batch
+from transformers.utils import logging
 
 import hf_pareprop as hp
 from hf_pareprop.tools.architectures import STOCK_CLASSES
@@ -66,9 +67,10 @@ def test_checkpoints_load_straight_in(head, tmp_path):
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     assert not converted.training
     assert_outputs_equal(model(**batch_for(head)), converted(**batch_for(head)))
-    assert REVERSIBLE[head].from_pretrained(tmp_path).config.beta == 0.5
-    quarter = REVERSIBLE[head].from_pretrained(tmp_path, beta=0.25, anchor_every=2, backward_engine="reprop")
-    assert (quarter.config.beta, quarter.config.anchor_every, quarter.config.backward_engine) == (0.25, 2, "reprop")
+    assert REVERSIBLE[head].from_pretrained(tmp_path).config.beta == 1 / 32
+    fields = dict(beta=0.25, grid_bits=12, backward_engine="reprop", memory_budget="1 layer")
+    config = REVERSIBLE[head].from_pretrained(tmp_path, **fields).config
+    assert {name: getattr(config, name) for name in fields} == fields
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -120,7 +122,7 @@ def test_the_default_beta_is_announced(tmp_path, caplog):
     hp.RevViTModel.from_pretrained(tmp_path, beta=0.5)
     assert "beta" not in caplog.text
     hp.RevViTModel.from_pretrained(tmp_path)
-    assert f"{tmp_path} is a stock checkpoint and becomes reversible at beta=0.5" in caplog.text
+    assert f"{tmp_path} is a stock checkpoint and becomes reversible at beta=0.03125" in caplog.text
 
 
 def test_tied_weights_stay_tied():
@@ -236,45 +238,116 @@ def test_problem_types(family, problem):
     assert_outputs_equal(model(**batch), hp.to_reversible(model, beta=0)(**batch))
 
 
-@pytest.mark.parametrize("beta", [1.0, 0.5, [0.5, 0, 1.0]])
-def test_hidden_states_in_training_have_gradients(family, beta):
-    """They fall back to stored activations, with the same numbers."""
+ENGINES = ["reprop", "pareprop"]
+
+
+def every_step(betas):
+    """Of the layers that are rebuilt, which is all that are reversible."""
+    return [(i, s) for i, beta in enumerate(betas) for s in (0, 1) if beta]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("beta", [1.0, 0.5, 1 / 256, [0.5, 0, 1.0], [0, 1.0, 1.0]])
+def test_hidden_states_in_training(family, beta, engine, rebuilt):
+    """Every layer is rebuilt; they are those of the engine that stores activations, and so are the gradients through them."""
     model, batch = family.build(3, 0.1, beta=beta), family.batch()
+    plain, found = step(model, batch, "autograd"), []
+    for name in ("autograd", engine):
+        model.set_backward_engine(name)
+        model.zero_grad(set_to_none=True)
+        torch.manual_seed(7)
+        outputs = model(**batch, output_hidden_states=True)
+        assert torch.equal(outputs.loss.detach(), plain[0])
+        assert len(outputs.hidden_states) == 4
+        (outputs.loss + sum(h.float().square().mean() for h in outputs.hidden_states)).backward()
+        found.append((outputs.hidden_states, gradients(model)))
+    assert all(torch.equal(a, b) for a, b in zip(found[0][0], found[1][0], strict=True))
+    assert_same(found[0][1], found[1][1])
+    assert sorted(rebuilt) == every_step(beta if isinstance(beta, list) else 3 * [beta])
+    lower = next(n for n in plain[1] if "layer.0.output.dense.weight" in n)
+    assert not torch.equal(plain[1][lower], found[0][1][lower])
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.5, 1 / 256])
+def test_a_conventional_layer_reads_the_merged_hidden_state(family, beta):
+    """The hidden state that is handed out after a reversible layer, to which the stock layer is applied."""
+    model = family.build(4, beta=[0, beta, 0, beta]).eval()
+    batch = {name: tensor for name, tensor in family.batch().items() if name in ("input_ids", "pixel_values")}
+    stock = hp.to_stock(model).base_model
+    layers = stock.layers if hasattr(stock, "layers") else stock.encoder.layer
+    with torch.no_grad():
+        states = model(**batch, output_hidden_states=True).hidden_states
+        for i in (0, 2):
+            result = layers[i](states[i])
+            assert torch.equal(result[0] if isinstance(result, tuple) else result, states[i + 1])
+
+
+@pytest.fixture
+def told(caplog):
+    """What is logged from here on, also what is logged once and was before."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_info()
+    logging.info_once.cache_clear(), logging.warning_once.cache_clear()
+    with caplog.at_level("INFO", "transformers"):
+        yield caplog
+    transformers.logging.set_verbosity(before)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_attention_maps_take_stored_activations(family, engine, rebuilt, told):
+    """They are made within layers: with them the engine falls back, and says so."""
+    model, batch = family.build(3, 0.1, beta=0.5, attn_implementation="eager"), family.batch()
     reference = step(model, batch, "autograd")
-    model.set_backward_engine("pareprop")
-    model.zero_grad(set_to_none=True)
-    torch.manual_seed(7)
-    outputs = model(**batch, output_hidden_states=True)
-    assert torch.equal(outputs.loss.detach(), reference[0])
-    assert len(outputs.hidden_states) == 4
-    (outputs.loss + sum(h.float().square().mean() for h in outputs.hidden_states)).backward()
-    assert all(torch.isfinite(g).all() for g in gradients(model).values())
-    lower = "layer.0.output.dense.weight"
-    a, b = (next(g for n, g in grads.items() if lower in n) for grads in (gradients(model), reference[1]))
-    assert not torch.equal(a, b)
+    again = step(model, {**batch, "output_attentions": True}, engine)
+    assert torch.equal(reference[0], again[0]) and not rebuilt
+    assert_same(reference[1], again[1])
+    assert f"backward_engine={engine!r} falls back to 'autograd'" in told.text
+    assert model.config.backward_engine == engine
 
 
+@pytest.mark.parametrize("engine", ["autograd", *ENGINES])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing_falls_back(family, reentrant):
-    model, batch = family.build(3, 0.1, beta=0.5), family.batch()
-    reference = step(model, batch, "pareprop")
+@pytest.mark.parametrize("beta", [0.5, [0.5, 0, 1.0], 0])
+def test_activation_checkpointing(family, beta, reentrant, engine, rebuilt, told):
+    """Conventional layers honour it, once more in the backward pass; reversible ones are rebuilt as ever, and that is said."""
+    model, batch = family.build(3, 0.1, beta=beta), family.batch()
+    betas, calls = beta if isinstance(beta, list) else 3 * [beta], [0, 0, 0]
+    for i, layer in enumerate(model.base_model.encoder.layer):
+
+        def counted(x, i=i, original=layer.output.dense.forward):
+            calls[i] += 1
+            return original(x)
+
+        layer.output.dense.forward = counted
+    reference = step(model, batch, engine)
+    times = 1 if engine == "autograd" else 2  # that a reversible layer runs
+    assert calls == [times if beta else 1 for beta in betas]
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    again = step(model, batch, "pareprop")
-    assert torch.equal(reference[0], again[0])
-    for name, grad in reference[1].items():
-        assert torch.equal(grad, again[1][name]), name
+    calls[:] = [0, 0, 0]
+    rebuilt.clear()
+    found = step(model, batch, engine)
+    assert torch.equal(reference[0], found[0])
+    assert_same(reference[1], found[1])
+    assert calls == [times if beta else 2 for beta in betas]
+    assert sorted(rebuilt) == ([] if engine == "autograd" else every_step(betas))
+    said = "activation checkpointing does nothing to reversible layers" in told.text
+    assert said == (any(betas) and engine != "autograd")
 
 
-def test_a_mask_that_needs_a_gradient_gets_one():
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("beta", [1.0, 1 / 32, [0.5, 0, 1.0]])
+def test_a_mask_that_needs_a_gradient_gets_one(beta, attention, engine, rebuilt):
+    """And every layer is rebuilt."""
     family = FAMILIES["roberta"]
-    model, batch = family.build(2, beta=0.5, attn_implementation="eager"), family.batch()
+    model, batch = family.build(3, 0.1, beta=beta, attn_implementation=attention), family.batch()
     found = []
-    for engine in ("autograd", "pareprop"):
-        bias = torch.zeros(3, 1, 11, 11, requires_grad=True)
-        step(model, {**batch, "attention_mask": bias}, engine)
-        found.append(bias.grad)
-    assert found[0].abs().sum() > 0
-    assert torch.equal(*found)
+    for name in ("autograd", engine):
+        bias = torch.linspace(-2, 2, 3 * 11 * 11).view(3, 1, 11, 11).expand(3, 4, 11, 11).clone().requires_grad_()
+        found.append({**step(model, {**batch, "attention_mask": bias}, name)[1], "mask": bias.grad})
+    assert found[0]["mask"].abs().sum() > 0
+    assert_same(*found)
+    assert sorted(rebuilt) == every_step(beta if isinstance(beta, list) else 3 * [beta])
 
 
 # --- bad input

@@ -7,8 +7,8 @@ import pytest
 import torch
 from families import FAMILIES, assert_same, gradients, step
 
-from hf_pareprop.layer_call import LayerCall, named_parameters_of
-from hf_pareprop.tape import Tape
+from hf_pareprop.layer_call import named_parameters_of
+from hf_pareprop.observer import Observer, observing
 
 ENGINES = ["reprop", "pareprop"]
 
@@ -82,33 +82,37 @@ def test_backward_twice_through_a_retained_graph(family, engine):
     assert_same(*found)
 
 
-def test_side_bits_live_from_the_forward_to_their_step(family, engine, monkeypatch):
-    """4 bits per element and step at beta = 1/16, freed as steps are undone: unless the graph is retained."""
-    tapes, kept = [], []
-    start, rebuild = Tape.start, LayerCall.rebuild
+class SideBits(Observer):
+    """The bytes of packed side bits in memory, and how many there were after each rebuild."""
 
-    def noting_tape(self, embeddings):
-        tapes.append((self, embeddings.numel() // 2))
-        return start(self, embeddings)
+    def __init__(self):
+        self.kept = []
+        self.after_rebuilds = []
 
-    def noting_bytes(self, *args):
-        result = rebuild(self, *args)
-        kept.append(held())
-        return result
+    def layer_keeps(self, position, tensors):
+        self.kept += [weakref.ref(tensor) for tensor in tensors if tensor.dtype == torch.uint8]
 
-    def held():
-        return sum(bits.nbytes for record in tape.records.values() for step in record.kept() for bits in step)
+    def step_rebuilt(self, position, step, rebuilt):
+        self.after_rebuilds.append(self.held())
 
-    monkeypatch.setattr(Tape, "start", noting_tape)
-    monkeypatch.setattr(LayerCall, "rebuild", noting_bytes)
-    model, batch = family.build(3, beta=1 / 16), family.batch()
-    (loss,) = losses_in(model, engine, batch)
-    ((tape, size),) = tapes
+    def held(self):
+        return sum(bits.nbytes for ref in self.kept if (bits := ref()) is not None)
+
+
+@pytest.mark.parametrize("side_bits", [1, 4, 5, 8])
+def test_side_bits_live_from_the_forward_to_their_step(family, engine, side_bits):
+    """So many bits per element and step, freed as steps are undone: unless the graph is retained."""
+    model, batch, observer = family.build(3, beta=2**-side_bits), family.batch(), SideBits()
+    with observing(observer):
+        (loss,) = losses_in(model, engine, batch)
+    tokens = 11 if "input_ids" in batch else 10
+    size = sum(-(-3 * tokens * 32 * width // 8) for width in (4, 1, 8) if width & side_bits)
+    assert observer.held() == 6 * size
     loss.backward(retain_graph=True)
-    assert kept == [6 * size] * 6
-    kept.clear()
+    assert observer.after_rebuilds == [6 * size] * 6
+    observer.after_rebuilds.clear()
     loss.backward()
-    assert kept == [n * size for n in (6, 5, 4, 3, 2, 1)] and held() == 0
+    assert observer.after_rebuilds == [n * size for n in (6, 5, 4, 3, 2, 1)] and observer.held() == 0
 
 
 def test_a_freed_graph_is_noticed(family, engine):
@@ -143,15 +147,8 @@ def test_frozen_parameters(family, engine, parts):
     assert_same(step(model, batch, "autograd")[1], step(model, batch, engine)[1])
 
 
-def test_a_frozen_prefix_is_not_rebuilt(family, engine, monkeypatch):
+def test_a_frozen_prefix_is_not_rebuilt(family, engine, rebuilt):
     model, batch = frozen(family.build(4, beta=0.5), "embeddings", ".layer.0.", ".layer.1."), family.batch()
-    rebuilt = []
-    rebuild = LayerCall.rebuild
-    monkeypatch.setattr(
-        LayerCall,
-        "rebuild",
-        lambda self, index, *args: rebuilt.append((self.module.layer_idx, index)) or rebuild(self, index, *args),
-    )
     step(model, batch, engine)
     assert rebuilt == [(3, 1), (3, 0), (2, 1), (2, 0)]
 
@@ -310,19 +307,38 @@ def test_tuned_layer_norms(engine):
     assert_same(reference, step(model, family.batch(), engine)[1])
 
 
-def test_nothing_outlives_the_graph(family, engine, monkeypatch):
-    """A tape is freed with its graph, by reference counting alone: garbage collection comes too late for memory."""
-    tapes = []
-    init = Tape.__init__
-    monkeypatch.setattr(Tape, "__init__", lambda self, *a: tapes.append(weakref.ref(self)) or init(self, *a))
-    model, batch = family.build(3, 0.1, beta=0.5), family.batch()
+class Kept(Observer):
+    """What a forward pass keeps, and what its backward pass rebuilds."""
+
+    def __init__(self):
+        self.references = []
+
+    def layer_keeps(self, position, tensors):
+        self.references += map(weakref.ref, tensors)
+
+    def step_rebuilt(self, position, step, rebuilt):
+        self.references += [weakref.ref(rebuilt), weakref.ref(rebuilt.previous)]
+
+
+def test_nothing_outlives_the_graph(family, engine):
+    """All is freed with its graph, by reference counting alone: garbage collection comes too late for memory.
+
+    The observer of a forward pass is held by what the pass leaves for its backward, and is freed with that.
+    """
+    model, batch, observer = family.build(3, 0.1, beta=0.5), family.batch(), Kept()
     gc.disable()
     try:
-        step(model, batch, engine)
-        (loss,) = losses_in(model, engine, batch)  # a forward whose backward never comes
+        with observing(observer):
+            step(model, batch, engine)
+        assert len(observer.references) == 3 * 5 + 6 * 2
+        assert all(reference() is None for reference in observer.references)
+        with observing(observer):
+            (loss,) = losses_in(model, engine, batch)  # a forward whose backward never comes
+        assert any(reference() is not None for reference in observer.references)
+        references, observer = [*observer.references, weakref.ref(observer)], None
+        assert references[-1]() is not None
         del loss
-        assert len(tapes) == 2
-        assert all(tape() is None for tape in tapes)
+        assert all(reference() is None for reference in references)
     finally:
         gc.enable()
 
@@ -342,7 +358,7 @@ def test_states_that_something_casts_are_refused(family):
     """FSDP2 with mixed precision casts the inputs of layers; the states would no longer be the ones that were returned."""
     model = family.build(3, beta=0.5)
     layer = model.base_model.encoder.layer[1]
-    layer.register_forward_pre_hook(lambda module, args: tuple(a.to(torch.bfloat16) for a in args[:2]) + args[2:])
+    layer.register_forward_pre_hook(lambda module, args: (args[0].to(torch.bfloat16), *args[1:]))
     with pytest.raises(RuntimeError, match="cast_forward_inputs=False"):
         model(**family.batch())
 
