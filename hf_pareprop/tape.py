@@ -105,6 +105,7 @@ class Tape:
         if not (self.engine.rebuilds and needs_gradient):
             self._store(call)
         elif layers_from_here <= self.kept.graphs or is_observed_inside(held.modules):
+            self._know_both()  # before the measurement: a pair is stored once and not in every layer
             self.retention.measure(self.kept, partial(self._store, call), call.sources)
         else:
             call.saves_linears = layers_from_here <= self.kept.graphs + self.kept.linears

@@ -108,7 +108,8 @@ def verify(model: ReversiblePreTrainedModel, batch: Mapping[str, Any]) -> Report
     finally:
         model.set_backward_engine(engine)
     report.loss_equal = torch.equal(loss, reference_loss)
-    report.gradients_equal = all(torch.equal(gradients[n], reference[n]) for n in reference)
+    same_names = gradients.keys() == reference.keys()
+    report.gradients_equal = same_names and all(torch.equal(gradients[n], reference[n]) for n in reference)
     report.gradient_error = gradient_error(reference, gradients)
     return report
 
