@@ -24,7 +24,7 @@ from torch import Tensor
 from .coupling import decode
 from .findings import Findings
 from .lanes import Job, Lane, Session, inline_lane, side_lane
-from .layer_call import LayerCall, Pair, RebuiltStep, no_create_graph
+from .layer_call import LayerCall, Pair, RebuiltStep, check_backward_mode
 from .observer import Observer
 from .plan import check_engine
 from .torch_private import backward_pass, is_fake, keeps_graph
@@ -201,7 +201,7 @@ class Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> Any:
-        no_create_graph()
+        check_backward_mode()
         _, grad_previous = ctx.trail.take(ctx.position - 1)
         return None, None, *ctx.trail.settle([grad_previous, grad])
 
@@ -224,7 +224,7 @@ class Leave(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_previous: Tensor | None, grad: Tensor | None) -> Any:
-        no_create_graph()
+        check_backward_mode()
         previous, current = ctx.saved_tensors
         ctx.trail.leave(ctx.position, (previous, current), grad_previous)
         return None, None, None, grad
@@ -248,7 +248,7 @@ class RebuiltLayer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_current: Tensor | None) -> Any:
-        no_create_graph()
+        check_backward_mode()
         _ = ctx.saved_tensors  # raises if a source was modified, or if the graph was freed
         trail, position = ctx.trail, ctx.position
         call = trail.calls[position]
@@ -279,7 +279,7 @@ class RebuiltLayer(torch.autograd.Function):
                         trail.check(call, (current, following))
                     grad_state, *grads = rebuilt.gradients(grad_current)
                     if grad_current is not None:
-                        call.check_gradients(i, grads)
+                        call.check_gradients(i, [grad_state, *grads])
                     totals = [_sum(total, grad) for total, grad in zip(totals, grads, strict=True)]
                     grad_previous = _sum(grad_state, grad_previous, scale)
                     grad_previous, grad_current, scale = grad_current, grad_previous, beta

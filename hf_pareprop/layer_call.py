@@ -125,6 +125,7 @@ class LayerCall:
     _state_needs: list[bool] = field(default_factory=list)
     _promised: list[set[int]] = field(default_factory=list)
     _checksum: Tensor | None = None
+    _linears_right: list[Tensor] = field(default_factory=list)
 
     @property
     def sources(self) -> tuple[Tensor, ...]:
@@ -194,8 +195,11 @@ class LayerCall:
         work: Callable[[], Tensor] = partial(self._phi, self.steps[index], state, inputs)
         if not self.held.is_there() or any(map(has_gradient_hooks, parameters)):
             parameters, work = self._with_aliases(work)
+        context = self._contexts[index]
         with torch.enable_grad():
-            value = self._contexts[index].replay(work)
+            value = context.replay(work)
+        if context.linears is not None:
+            self._linears_right += context.linears.right
         with torch.no_grad():
             previous = retreat(value, following, self.plan, self._sides[index])
         sources = (state, *(t for t in inputs if isinstance(t, Tensor)), *parameters)
@@ -216,8 +220,11 @@ class LayerCall:
     def is_right(self, previous: Tensor, current: Tensor) -> Tensor:
         """Whether a rebuilt pair is the one that the layer began on: a 0-d bool."""
         if self._checksum is None:
-            return (previous == current).all()
-        return checksum(*self._witnesses(previous, current, self._state_needs[0])) == self._checksum
+            right = (previous == current).all()
+        else:
+            right = checksum(*self._witnesses(previous, current, self._state_needs[0])) == self._checksum
+        linears, self._linears_right = self._linears_right, []
+        return torch.stack([right, *linears]).all() if linears else right
 
     @staticmethod
     def _witnesses(previous: Tensor, current: Tensor, goes_on: bool) -> tuple[Tensor, ...]:
@@ -231,20 +238,24 @@ class LayerCall:
     def check_gradients(self, step: int, gradients: Sequence[Tensor | None]) -> None:
         """
         Args:
-            gradients: of a step, one for each of :attr:`sources`.
+            gradients: of a step, one for its state and one for each of :attr:`sources`.
 
         Raises:
-            RuntimeError: the step depends on a source in the forward pass, and in the backward pass no longer does.
+            RuntimeError: the step depends on something in the forward pass and not in the backward pass, or the other way.
         """
-        sources = self.sources
-        for i in self._promised[step]:
-            if gradients[i] is None and sources[i].requires_grad:
-                names = ["an input"] * (len(sources) - len(self.held.parameters)) + [*self.held.parameters]
-                raise RuntimeError(
-                    f"{names[i]} of {type(self.module).__name__} got no gradient, though the layer used it in the forward "
-                    "pass: an adapter was switched, a module replaced or its parameters were moved in between. Keep them, or "
-                    f"{AUTOGRAD}"
-                )
+        promised = self._promised[step]
+        for i, gradient in enumerate(gradients):
+            if (gradient is not None) == (i in promised):
+                continue
+            if gradient is None and i > 0 and not self.sources[i - 1].requires_grad:
+                continue  # frozen since: autograd leaves it without a gradient, too
+            inputs = len(self.sources) - len(self.held.parameters)
+            name = ["its state", *["an input"] * inputs, *self.held.parameters][i]
+            raise RuntimeError(
+                f"{type(self.module).__name__} used {name} in {'the forward' if i in promised else 'the backward'} pass alone, so "
+                "its gradients would be wrong: an adapter was switched, a module replaced, parameters were moved or a flag was "
+                f"changed in between. Keep them, or {AUTOGRAD}"
+            )
 
     def conditions_hold(self) -> bool:
         """Whether a rebuild runs as the forward pass did without anything being set for it."""
@@ -270,7 +281,7 @@ class LayerCall:
                 "layer nor an input of its steps, so rebuilding the layer would lose its gradient. FSDP1 and the hooks of some "
                 f"offloaders hide parameters like this: use FSDP2, or {AUTOGRAD}"
             )
-        self._promised.append({i - 1 for i in found if i > 0})
+        self._promised.append(found)
 
     def _with_aliases(self, work: Callable[[], Tensor]) -> tuple[tuple[Tensor, ...], Callable[[], Tensor]]:
         """``work`` with aliases of the forward pass's parameters, and its buffers, in place of those of the module.
@@ -374,11 +385,15 @@ def _refuse_gradient(grad: Tensor) -> None:
     _refuse_use(None)
 
 
-def no_create_graph() -> None:
+def check_backward_mode() -> None:
     """
     Raises:
-        RuntimeError: the backward pass under way is to be differentiated in turn.
+        RuntimeError: the backward pass under way is to be differentiated in turn, or can have no graphs.
     """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"a backward pass within torch.inference_mode() cannot rebuild layers: leave that mode before it, or {AUTOGRAD}"
+        )
     if torch.is_grad_enabled():
         raise RuntimeError(
             "create_graph=True needs activations that the engines 'reprop' and 'pareprop' do not store: " + AUTOGRAD

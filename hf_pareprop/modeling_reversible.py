@@ -146,7 +146,8 @@ class ReversiblePreTrainedModel(PreTrainedModel):
                 )
                 engine = "autograd"
             elif self.training and any(
-                plan.reversible and layer.gradient_checkpointing for plan, layer in zip(plans, layers, strict=True)
+                plan.reversible and getattr(layer, "gradient_checkpointing", False)
+                for plan, layer in zip(plans, layers, strict=True)
             ):
                 logger.info_once(
                     "activation checkpointing does nothing to reversible layers, which store no activations in the first "

@@ -111,12 +111,13 @@ class StepContext:
         saves_linears: whether results of linear layers are kept, which are then not computed again.
     """
 
-    __slots__ = ("_replica", "_rng", "conditions", "linears")
+    __slots__ = ("_after", "_replica", "_rng", "conditions", "linears")
 
     def __init__(self, conditions: Conditions, saves_linears: bool = False):
         self.conditions = conditions
         self.linears = SavedLinears() if saves_linears else None
         self._rng: list[Tensor] | None = None
+        self._after: list[int] = []
         self._replica: torch.Generator | None = None
 
     def record(self, work: Callable[[], T]) -> T:
@@ -129,8 +130,10 @@ class StepContext:
             before = [source.get_state() for source in sources]
             with self.conditions.in_autocast(), self._keeping_linears():
                 result = work()
-            drew = any(_bytes(a) != _bytes(b.get_state()) for a, b in zip(before, sources, strict=True))
-        self._rng = before if drew else None
+            after = [source.get_state() for source in sources]
+        drew = any(_bytes(a) != _bytes(b) for a, b in zip(before, after, strict=True))
+        if drew:
+            self._rng, self._after = before, [hash(_bytes(state)) for state in after]
         if (learning := schedule()) is not None:
             learning.note(before[-1], drew)
         return result
@@ -150,7 +153,18 @@ class StepContext:
             if self._rng is None:
                 return work()
             with _generators_in_use:
-                return _from_states(generators(self.conditions.device), self._rng, work)
+                return _from_states(generators(self.conditions.device), self._rng, lambda: self._drawing(work))
+
+    def _drawing(self, work: Callable[[], T]) -> T:
+        result = work()
+        after = [hash(_bytes(source.get_state())) for source in generators(self.conditions.device)]
+        if after != self._after:
+            raise RuntimeError(
+                "a step drew other random numbers when it was run again for the backward pass than in the forward pass: another "
+                "thread draws random numbers while dropout is replayed, or dropout was changed in between. Avoid that, or call "
+                "model.set_backward_engine('autograd') before the forward pass, which stores activations."
+            )
+        return result
 
     def _keeping_linears(self) -> AbstractContextManager[Any]:
         return self.linears.keeping() if self.linears else nullcontext()

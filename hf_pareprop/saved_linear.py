@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
+from .coupling import checksum
 from .torch_private import DispatchMode, version_of
 
 
@@ -24,11 +25,17 @@ class SavedLinears:
     """The results of the narrowing linear layers in one run of a step, for later runs on the same input."""
 
     def __init__(self) -> None:
-        self._results: list[tuple[Tensor, int]] = []
+        self._results: list[tuple[Tensor, int, Tensor]] = []
+        self._right: list[Tensor] = []
 
     @property
     def results(self) -> list[Tensor]:
-        return [result for result, _ in self._results]
+        return [result for result, _, _ in self._results]
+
+    @property
+    def right(self) -> list[Tensor]:
+        """Whether each layer read in the last run what it read in the first: 0-d bools. A result that is given hides that."""
+        return self._right
 
     @contextmanager
     def keeping(self) -> Iterator[None]:
@@ -43,7 +50,8 @@ class SavedLinears:
         Raises:
             RuntimeError: at a layer whose result was modified since, or that did not run before.
         """
-        with _Giving(iter(self._results)):
+        self._right = []
+        with _Giving(iter(self._results), self._right):
             yield
 
 
@@ -63,24 +71,24 @@ class _OfLinears(TorchFunctionMode):
 
 
 class _Keeping(_OfLinears):
-    def __init__(self, results: list[tuple[Tensor, int]]):
+    def __init__(self, results: list[tuple[Tensor, int, Tensor]]):
         super().__init__()
         self._results = results
 
     def narrowing(self, args: Any, kwargs: Any) -> Tensor:
         result = linear(*args, **kwargs)
-        self._results.append((result.detach(), version_of(result)))
+        self._results.append((result.detach(), version_of(result), _fingerprint(args, kwargs)))
         return result
 
 
 class _Giving(_OfLinears):
-    def __init__(self, results: Iterator[tuple[Tensor, int]]):
+    def __init__(self, results: Iterator[tuple[Tensor, int, Tensor]], right: list[Tensor]):
         super().__init__()
-        self._results = results
+        self._results, self._right = results, right
 
     def narrowing(self, args: Any, kwargs: Any) -> Tensor:
-        result, version = next(self._results, (None, 0))
-        if result is None:
+        result, version, fingerprint = next(self._results, (None, 0, None))
+        if result is None or fingerprint is None:
             raise RuntimeError(
                 "a layer computes more linear layers in the backward pass than in the forward pass: it is not a function of "
                 "its inputs. Set memory_budget to None, or call model.set_backward_engine('autograd')."
@@ -90,9 +98,16 @@ class _Giving(_OfLinears):
                 "the result of a linear layer was modified in place after it was kept for the backward pass: a step must not "
                 "do that, or memory_budget must be None."
             )
+        self._right.append(_fingerprint(args, kwargs) == fingerprint)
         biased = (args[2] if len(args) > 2 else kwargs.get("bias")) is not None
         with _Given(result, biased):
             return linear(*args, **kwargs)
+
+
+def _fingerprint(args: Any, kwargs: Any) -> Tensor:
+    """A checksum of what a linear layer reads."""
+    read = (args[0] if args else kwargs["input"]).detach().contiguous()
+    return checksum(read.view(torch.int16 if read.element_size() == 2 else torch.int32))
 
 
 class _Given(DispatchMode):

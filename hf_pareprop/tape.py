@@ -112,7 +112,9 @@ class Tape:
             self._rebuild_later(call)
         self._position += 1
         if is_observed(module):
-            self._know_both()  # a loss on what the hook sees finds the pair stored
+            self._know_both()  # a loss on what the hook sees finds the pair stored, and is NaN where the output will be
+            seen = value_of(self._current)
+            self._current = self._current._replace(value=seen + poison(self._peak).to(seen.dtype))
         value = value_of(self._current)
         self._handed_out = version_of(value), value.requires_grad
         return value
@@ -122,8 +124,10 @@ class Tape:
         """The hidden state that the pair stands for, in the compute dtype; NaN if the states left their range."""
         if self._plan is not None:
             self._arrive(hidden, self._plan)
+            handed_out = self._current.value  # and still what the next layer is given
             self._know_both()
             hidden = merge_pair(value_of(self._previous), value_of(self._current), self._plan.beta)
+            self._current = self._current._replace(value=handed_out)
             hidden = hidden + poison(self._peak).to(hidden.dtype)  # added, so that gradients are what they are
         return hidden.to(self.dtype)
 
@@ -171,7 +175,7 @@ class Tape:
                 "inputs of layers, and the states could not be rebuilt. With FSDP2 set cast_forward_inputs=False in the "
                 "MixedPrecisionPolicy."
             )
-        same = hidden is handed or shares_memory(hidden, handed)
+        same = hidden is handed or (shares_memory(hidden, handed) and _descends(hidden, handed))
         return same and (version_of(hidden), hidden.requires_grad) == self._handed_out
 
     def _store(self, call: LayerCall) -> None:
@@ -211,6 +215,18 @@ class Tape:
             pair = self._previous.bits, self._current.bits
             values = Leave.apply(self.trail, self._position - 1, pair, value_of(self._current))
             self._previous, self._current = (State.of(b, v) for b, v in zip(pair, values, strict=True))
+
+
+def _descends(view: Tensor, original: Tensor) -> bool:
+    """Whether the gradient of ``view``, if it has one, goes to ``original`` by way of few nodes."""
+    if not original.requires_grad:
+        return True
+    nodes = [view.grad_fn]
+    for _ in range(4):
+        nodes = [below for node in nodes if node is not None for below, _ in node.next_functions]
+        if original.grad_fn in nodes:
+            return original.grad_fn is not None
+    return False
 
 
 def _conventional(module: nn.Module, steps: Sequence[Step], hidden: Tensor, inputs: tuple[Any, ...]) -> Tensor:

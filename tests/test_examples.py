@@ -67,13 +67,14 @@ def test_adaptation_example(tmp_path):
     """Some steps bring a converted encoder closer to its original; the result is an ordinary checkpoint."""
     (tmp_path / "texts.txt").write_text("\n".join(f"sentence number {i} of a few" for i in range(40)))
     files = ["--train_file", tmp_path / "texts.txt", "--output_dir", tmp_path / "out"]
-    result = run("examples/adapt.py", *files, "--beta", 0.5, "--steps", 8, "--batch_size", 4, "--max_length", 12)
+    command = ["examples/adapt.py", *files, "--beta", 0.5, "--steps", 8]
+    result = run(*command, "--batch_size", 4, "--max_length", 12)
     first, last = (float(part.split()[0]) for part in result.stdout.split("original: ")[1].split(" at first, "))
     assert 0 < last < first
     assert json.loads((tmp_path / "out" / "config.json").read_text())["beta"] == 0.5
     assert "self-distillation" in (tmp_path / "out" / "README.md").read_text()
-    failed = run("examples/adapt.py", *files, "--steps", 8, "--batch_size", 64, code=1)
-    assert "40 texts do not fill a batch of 64" in failed.stderr
+    assert "40 texts do not fill a batch of 64" in run(*command, "--batch_size", 64, code=1).stderr
+    assert "required: --beta" in run("examples/adapt.py", *files, code=2).stderr
 
 
 @pytest.mark.slow
