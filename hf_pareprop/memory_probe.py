@@ -55,7 +55,9 @@ def free_memory(device: torch.device) -> tuple[int, int]:
         peak = torch.cuda.max_memory_allocated(device)
         return max(0, limit - peak), peak - in_use(device)
     if device.type != "cpu":
-        raise ValueError(f"how much memory of {device} is free is not known: give memory_budget as a number of bytes.")
+        raise ValueError(
+            f"how much memory of {device} is free is not known: give memory_budget as an amount, such as '4GB'."
+        )
     if MEMINFO.exists():
         line = next(line for line in MEMINFO.read_text().splitlines() if line.startswith("MemAvailable"))
         return int(line.split()[1]) * 1024, 0

@@ -33,7 +33,7 @@ class Accounting:
         parameters: weights and buffers, and the batch.
         optimizer: its state.
         gradients: of parameters.
-        states: what a reversible model keeps for rebuilding: pairs of states, side bits, products.
+        states: what a reversible model keeps for rebuilding: pairs of states, side bits, results of linear layers.
         graphs: activations that autograd has saved: of the whole model where they are stored, of a step or two where
             they are rebuilt.
         workspace: everything else: results on their way, gradients of activations.

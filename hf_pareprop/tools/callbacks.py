@@ -21,7 +21,7 @@ def reversible_in(model: Any) -> ReversiblePreTrainedModel:
 
 
 class MemoryBudget(TrainerCallback):
-    """Keeps as many products and graphs of layers as fit, instead of rebuilding them, while Trainer trains.
+    """Keeps as many results of linear layers and graphs of layers as fit, instead of rebuilding them, while Trainer trains.
 
     The gradients are the same. Where everything fits nothing is rebuilt. The configuration, and with it every
     checkpoint, stays as it is: the budget belongs to a machine.

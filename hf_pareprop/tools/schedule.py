@@ -24,8 +24,8 @@ class BetaSchedule(TrainerCallback):
             own `beta` is smaller keeps it, so conventional layers stay conventional.
 
     Raises:
-        ValueError: a fraction or a cap is out of range; at the start of training, if a model without a grid would drift
-            beyond use in a stage, or with `load_best_model_at_end`, which would put weights of one stage into the coupling of another.
+        ValueError: a fraction or a cap is out of range; at the start of training, with `load_best_model_at_end`, which would put
+            weights of one stage into the coupling of another.
     """
 
     def __init__(self, caps: Mapping[float, float]):
