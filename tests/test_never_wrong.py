@@ -488,31 +488,26 @@ def modified_buffer(model, batch):
     loss.backward()
 
 
-def not_a_function(model, batch):
+def with_every_call_other(model, batch, change):
+    """A training step of a layer whose result is ``change(result, call)``, calls being counted."""
     calls = []
-    dense = layers(model)[1].output.dense
-    original = dense.forward
+    dense, original = layers(model)[1].output.dense, layers(model)[1].output.dense.forward
 
     def forward(x):
         calls.append(1)
-        return original(x) + len(calls)
+        return change(original(x), len(calls))
 
     dense.forward = forward
     loss_of(model, batch).backward()
+
+
+def not_a_function(model, batch):
+    with_every_call_other(model, batch, lambda result, call: result + call)
 
 
 def other_rows(model, batch):
     """The same numbers in another order of rows, which a plain sum would not notice."""
-    calls = []
-    dense = layers(model)[1].output.dense
-    original = dense.forward
-
-    def forward(x):
-        calls.append(1)
-        return original(x).roll(len(calls), dims=0)
-
-    dense.forward = forward
-    loss_of(model, batch).backward()
+    with_every_call_other(model, batch, lambda result, call: result.roll(call, dims=0))
 
 
 REFUSABLE = [replaced_module, written_past_the_version, modified_buffer, not_a_function, other_rows]
