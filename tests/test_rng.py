@@ -58,8 +58,15 @@ def test_a_replay_draws_the_same_numbers():
     found = torch.get_rng_state()
     for _ in range(2):
         assert torch.equal(context.replay(lambda: torch.rand(3)), drawn)
-        assert torch.equal(context.replay(torch.get_rng_state), before)
+        assert torch.equal(context.replay(lambda: (torch.get_rng_state(), torch.rand(3)))[0], before)
         assert torch.equal(found, torch.get_rng_state())
+
+
+def test_a_replay_that_draws_other_numbers_is_refused():
+    context = new_context()
+    context.record(lambda: torch.rand(3))
+    with pytest.raises(RuntimeError, match="drew other random numbers"):
+        context.replay(lambda: torch.rand(4))
 
 
 def test_generators_are_moved_only_if_random_numbers_were_drawn():
