@@ -122,7 +122,7 @@ class ReversiblePreTrainedModel(PreTrainedModel):
         while True:
             tape = self._new_tape(encoder.layer, **kwargs)
             try:
-                hidden_states = encoder(embeddings, attention_mask, tape, **kwargs)
+                hidden_states = encoder(embeddings, attention_mask, tape=tape, **kwargs)
                 retention.watch(tape.trail, hidden_states, tape.kept)
                 tape.end()
                 return hidden_states

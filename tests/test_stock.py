@@ -425,5 +425,5 @@ def test_a_sequence_longer_than_the_positions():
 
 
 def test_heads_that_do_not_divide_the_width(family):
-    with pytest.raises(ValueError, match="hidden_size=32 is not a multiple of num_attention_heads=5"):
+    with pytest.raises(ValueError, match="a width of 32 is not a multiple of 5 attention heads"):
         family.model(family.config(**{**family.config_fields(1, 0.0), "num_attention_heads": 5}))

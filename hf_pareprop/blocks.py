@@ -1,0 +1,193 @@
+"""What layers of all families are made of, and the loop that runs them."""
+
+# mypy: disable-error-code="override,arg-type,union-attr,operator,assignment"
+# Stock configurations type as optional what is always set, and module attributes as Tensor | Module.
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .modeling_reversible import HiddenState, requested
+from .tape import Tape
+
+Attend = Callable[..., tuple[Tensor, Tensor | None]]
+"""An attention function of transformers."""
+
+
+def height_and_width(size: int | Iterable[int]) -> tuple[int, int]:
+    height, width = size if isinstance(size, Iterable) else (size, size)
+    return height, width
+
+
+def activation(name_or_module: Any) -> nn.Module:
+    return ACT2FN[name_or_module] if isinstance(name_or_module, str) else name_or_module
+
+
+class PatchEmbeddings(nn.Module):
+    """Images `(batch, channels, height, width)` to patch embeddings `(batch, patches, width)`."""
+
+    def __init__(self, config: Any, width: int):
+        super().__init__()
+        self.image_size = height_and_width(config.image_size)
+        self.patch_size = height_and_width(config.patch_size)
+        self.grid = tuple(i // p for i, p in zip(self.image_size, self.patch_size, strict=True))
+        self.projection = nn.Conv2d(config.num_channels, width, kernel_size=self.patch_size, stride=self.patch_size)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        check_channels(pixel_values, self.projection.in_channels)
+        return self.projection(pixel_values).flatten(2).transpose(1, 2)
+
+
+def check_channels(pixel_values: Tensor, channels: int) -> None:
+    """
+    Raises:
+        ValueError: they are no images, or have another number of channels.
+    """
+    if pixel_values.dim() != 4:
+        raise ValueError(
+            f"pixel_values of shape {tuple(pixel_values.shape)} are not images of (batch, channels, height, width)."
+        )
+    if pixel_values.shape[1] != channels:
+        raise ValueError(f"the images have {pixel_values.shape[1]} channels, the model was built for {channels}.")
+
+
+def masked(embeddings: Tensor, mask: Tensor, mask_token: Tensor | None) -> Tensor:
+    """Patch embeddings `(batch, patches, width)` with the mask token where `mask`, `(batch, patches)`, is 1.
+
+    Raises:
+        ValueError: the model has no mask token.
+    """
+    if mask_token is None:
+        raise ValueError("bool_masked_pos needs a mask token: build the model with use_mask_token=True.")
+    tokens = mask_token.expand(*embeddings.shape[:2], -1)
+    where = mask.unsqueeze(-1).type_as(tokens)
+    return embeddings * (1.0 - where) + tokens * where
+
+
+def resized_positions(positions: Tensor, grid: Sequence[int], size: Sequence[int]) -> Tensor:
+    """Position embeddings `(1, patches, width)` of a grid of patches for one of another size, by bicubic interpolation."""
+    planes = positions.reshape(1, *grid, -1).permute(0, 3, 1, 2)
+    planes = nn.functional.interpolate(planes, size=tuple(size), mode="bicubic", align_corners=False)
+    return planes.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    if module.softmax_in_fp32:
+        weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    else:
+        weights = nn.functional.softmax(weights, dim=-1)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention through the attention interface of transformers.
+
+    Args:
+        width: of the states; a multiple of `heads`.
+
+    Raises:
+        ValueError: it is not.
+    """
+
+    softmax_in_fp32 = True
+
+    def __init__(self, config: Any, width: int, heads: int):
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"a width of {width} is not a multiple of {heads} attention heads.")
+        self.config = config
+        self.attention_head_size = width // heads
+        self.scaling = self.attention_head_size**-0.5
+        self.is_causal = False
+        bias = getattr(config, "qkv_bias", True)
+        self.query = nn.Linear(width, width, bias=bias)
+        self.key = nn.Linear(width, width, bias=bias)
+        self.value = nn.Linear(width, width, bias=bias)
+        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
+
+    def attention_function(self) -> Attend:
+        """That of the configuration now; a layer hands it to its steps, so that a rebuild uses that of the forward pass."""
+        return ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, *, attend: Attend, **kwargs
+    ) -> tuple[Tensor, Tensor | None]:
+        heads = (*hidden_states.shape[:-1], -1, self.attention_head_size)
+        output, weights = attend(
+            self,
+            self.query(hidden_states).view(heads).transpose(1, 2),
+            self.key(hidden_states).view(heads).transpose(1, 2),
+            self.value(hidden_states).view(heads).transpose(1, 2),
+            attention_mask,
+            dropout=self.dropout.p if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return output.reshape(*hidden_states.shape[:-1], -1).contiguous(), weights
+
+
+class Dense(nn.Module):
+    """A linear layer and what follows it, under the name that checkpoints give it."""
+
+    def __init__(self, in_features: int, out_features: int, then: nn.Module):
+        super().__init__()
+        self.dense = nn.Linear(in_features, out_features)
+        self.then = then
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.then(self.dense(hidden_states))
+
+
+class Layer(nn.Module):
+    """A layer of a reversible model: its `forward` describes its steps and hands them to the tape."""
+
+    gradient_checkpointing = False
+    """Set by transformers; a conventional layer honours it, a reversible one stores no activations in the first place."""
+
+
+class Encoder(nn.Module):
+    """Runs layers, in one or several stages, with a tape.
+
+    Args:
+        make_layer: makes the next layer of an encoder that has them in `layer`, as text models and ViT do. A family with
+            stages overrides :meth:`stages`.
+    """
+
+    def __init__(self, config: Any, make_layer: Callable[[Any], nn.Module] | None = None):
+        super().__init__()
+        self.config = config
+        if make_layer is not None:
+            self.layer = nn.ModuleList(make_layer(config) for _ in range(config.num_hidden_layers))
+        self.hidden_state = HiddenState()
+
+    def stages(self) -> list[nn.ModuleList]:
+        """The layers of every stage."""
+        return [self.layer]
+
+    def finish(self, hidden_states: Tensor, tape: Tape) -> Tensor:
+        """What the stock encoder would return here, from the hidden state that a layer returned."""
+        return tape.finish(hidden_states)
+
+    def forward(self, embeddings: Tensor, *inputs: Any, tape: Tape, **kwargs: Any) -> Tensor:
+        """From the embeddings to the last hidden state.
+
+        Args:
+            inputs: what every layer reads besides the hidden state.
+            tape: of this forward pass.
+        """
+        reads_each_layer = requested("output_hidden_states", self.config, kwargs)
+        layers = [layer for stage in self.stages() for layer in stage]
+        output, hidden_states = embeddings, tape.start(embeddings)
+        for i, layer in enumerate(layers):
+            hidden_states = layer(hidden_states, *inputs, tape=tape, **kwargs)
+            if reads_each_layer or i == len(layers) - 1:
+                before, output = output, self.finish(hidden_states, tape)
+                self.hidden_state(before, output)
+        return output
