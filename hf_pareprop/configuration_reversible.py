@@ -108,7 +108,21 @@ class ReversibleConfig(PreTrainedConfig):
         Raises:
             ValueError: `beta` or `grid_bits` is out of range.
         """
-        return plan_layers(self.beta, self.num_hidden_layers, self.grid_bits)
+        return plan_layers(self.beta, sum(self.stage_depths), self.grid_bits)
+
+    @property
+    def stage_depths(self) -> tuple[int, ...]:
+        """How many layers each stage has. Nothing else counts layers: `num_hidden_layers` of a Swin is its number of stages."""
+        return (self.num_hidden_layers,)
+
+    @classmethod
+    def depth_fields(cls, depth: int, stages: int = 1) -> dict[str, Any]:
+        """The fields that give a configuration of this family, or of its stock twin, so many layers in its deepest stage.
+
+        Args:
+            stages: how many stages, of families that have several; the others get one layer each.
+        """
+        return {"num_hidden_layers": depth}
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):

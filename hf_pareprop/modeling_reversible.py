@@ -37,7 +37,7 @@ class HiddenState(nn.Module):
 class ReversiblePreTrainedModel(PreTrainedModel):
     """Base of the reversible families.
 
-    A family defines `auto_map`, and its encoder has its layers in `layer`, a ModuleList, and runs them with a tape.
+    A family defines `auto_map`, and its base model has an `encoder` (:class:`~blocks.Encoder`), which runs layers with a tape.
     """
 
     retention: Retention | None = None
@@ -71,8 +71,13 @@ class ReversiblePreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: the list `beta` has another number of entries than the encoder has layers.
         """
+        return plan_layers(self.config.beta, len(self.encoder_layers), self.config.grid_bits)
+
+    @property
+    def encoder_layers(self) -> list[nn.Module]:
+        """The layers that the encoder has now, of all stages."""
         base: Any = self.base_model
-        return plan_layers(self.config.beta, len(base.encoder.layer), self.config.grid_bits)
+        return [layer for stage in base.encoder.stages() for layer in stage]
 
     def set_backward_engine(self, name: str) -> None:
         """Choose how gradients are computed from the next forward pass on: autograd, reprop or pareprop.
@@ -91,8 +96,7 @@ class ReversiblePreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: `beta` is out of range.
         """
-        base: Any = self.base_model
-        plan_layers(beta, len(base.encoder.layer), self.config.grid_bits)
+        plan_layers(beta, len(self.encoder_layers), self.config.grid_bits)
         self.config.beta = beta if isinstance(beta, (int, float)) else list(beta)
 
     def set_memory_budget(self, budget: str | None) -> None:
@@ -110,9 +114,13 @@ class ReversiblePreTrainedModel(PreTrainedModel):
             >>> model.set_memory_budget("4GB")
         """
         base: Any = self.base_model
-        base.retention = Retention(budget, base.encoder.layer.parameters, base.logits_per_state)
+        base.retention = Retention(budget, base.layer_parameters, base.logits_per_state)
 
-    def encode(self, embeddings: Tensor, attention_mask: Any, **kwargs: Any) -> Tensor:
+    def layer_parameters(self) -> list[Tensor]:
+        """The parameters of all layers."""
+        return [parameter for layer in self.encoder_layers for parameter in layer.parameters()]
+
+    def encode(self, embeddings: Tensor, *inputs: Any, **kwargs: Any) -> Tensor:
         """Run the encoder with a tape of its own; where memory runs out, once more with less kept."""
         self._findings.settle()
         if self.retention is None:
@@ -120,9 +128,9 @@ class ReversiblePreTrainedModel(PreTrainedModel):
         encoder: Any = self.encoder
         retention: Any = self.retention
         while True:
-            tape = self._new_tape(encoder.layer, **kwargs)
+            tape = self._new_tape(**kwargs)
             try:
-                hidden_states = encoder(embeddings, attention_mask, tape=tape, **kwargs)
+                hidden_states = encoder(embeddings, *inputs, tape=tape, **kwargs)
                 retention.watch(tape.trail, hidden_states, tape.kept)
                 tape.end()
                 return hidden_states
@@ -135,7 +143,7 @@ class ReversiblePreTrainedModel(PreTrainedModel):
             del tape
             torch.cuda.empty_cache()
 
-    def _new_tape(self, layers: nn.ModuleList, **kwargs: Any) -> Tape:
+    def _new_tape(self, **kwargs: Any) -> Tape:
         """The tape of one forward pass, with the `autograd` engine where attention maps are asked for."""
         engine, plans = self.config.backward_engine, self.layer_plans
         if engine != "autograd" and torch.is_grad_enabled():
@@ -147,7 +155,7 @@ class ReversiblePreTrainedModel(PreTrainedModel):
                 engine = "autograd"
             elif self.training and any(
                 plan.reversible and getattr(layer, "gradient_checkpointing", False)
-                for plan, layer in zip(plans, layers, strict=True)
+                for plan, layer in zip(plans, self.encoder_layers, strict=True)
             ):
                 logger.info_once(
                     "activation checkpointing does nothing to reversible layers, which store no activations in the first "
