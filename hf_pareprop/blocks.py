@@ -151,6 +151,9 @@ class Layer(nn.Module):
     gradient_checkpointing = False
     """Set by transformers; a conventional layer honours it, a reversible one stores no activations in the first place."""
 
+    changes_shape = False
+    """Whether its output has another shape than its input, so that it cannot be reversible: see :mod:`transition`."""
+
 
 class Encoder(nn.Module):
     """Runs layers, in one or several stages, with a tape.

@@ -108,12 +108,17 @@ class ReversibleConfig(PreTrainedConfig):
         Raises:
             ValueError: `beta` or `grid_bits` is out of range.
         """
-        return plan_layers(self.beta, sum(self.stage_depths), self.grid_bits)
+        return plan_layers(self.beta, self.stage_depths, self.grid_bits, self.transitions)
 
     @property
     def stage_depths(self) -> tuple[int, ...]:
         """How many layers each stage has. Nothing else counts layers: `num_hidden_layers` of a Swin is its number of stages."""
         return (self.num_hidden_layers,)
+
+    @property
+    def transitions(self) -> tuple[int, ...]:
+        """The layers that change the shape of the hidden state, counted from 0 across stages. They are never reversible."""
+        return ()
 
     @classmethod
     def depth_fields(cls, depth: int, stages: int = 1) -> dict[str, Any]:

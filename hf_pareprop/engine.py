@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .coupling import decode
 from .findings import Findings
@@ -152,24 +152,23 @@ class Trail:
         """The rebuild that :meth:`look_ahead` began for ``position``."""
         return self._ahead.pop(position, None)
 
-    def check(self, call: LayerCall, pair: Pair) -> None:
-        """Whether a layer rebuilt the pair that it began on. On a GPU the answer is left there, for :meth:`settle`.
+    def check(self, module: nn.Module, right: Tensor) -> None:
+        """Take the answer to whether a layer was rebuilt rightly, a 0-d bool. On a GPU it is left there, for :meth:`settle`.
 
         Raises:
-            RuntimeError: on a CPU, if it did not.
+            RuntimeError: on a CPU, if it was not.
         """
-        if is_fake(pair[0]):
+        if is_fake(right):
             return
-        right = call.is_right(*pair)
-        if pair[0].device.type == "cpu":
+        if right.device.type == "cpu":
             if not right:
-                raise RuntimeError(WRONG.format(type(call.module).__name__))
+                raise RuntimeError(WRONG.format(type(module).__name__))
             return
         verdict = torch.where(right, 1.0, torch.nan)
         self._verdict = verdict if self._verdict is None else self._verdict.to(verdict.device) * verdict
 
     def settle(self, gradients: list[Tensor | None]) -> list[Tensor | None]:
-        """At the lowest layer of the backward pass: ``gradients``, which become NaN if any layer was rebuilt wrongly.
+        """Where a chain of rebuilt layers ends: ``gradients``, which become NaN if any layer was rebuilt wrongly.
 
         Nobody waits for the device: the next call of the model raises.
         """
@@ -276,7 +275,7 @@ class RebuiltLayer(torch.autograd.Function):
                 # ... while the gradients of step i are computed: g[i] = J^T g[i+1] + beta * g[i+2].
                 with here, trail.observer.differentiating(position, i):
                     if i == 0:
-                        trail.check(call, (current, following))
+                        trail.check(call.module, call.is_right(current, following))
                     grad_state, *grads = rebuilt.gradients(grad_current)
                     if grad_current is not None:
                         call.check_gradients(i, [grad_state, *grads])

@@ -1,6 +1,7 @@
 """One call of one layer: how its steps run in the forward pass, and how they run again in the backward pass."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 from torch.func import functional_call
 
 from .coupling import advance, checksum, decode, phi, retreat, straight_through
+from .memory_probe import SavedBytes
 from .plan import LayerPlan
 from .replay import Conditions, StepContext, uncached_autocast
 from .torch_private import has_gradient_hooks, own_parameters, version_of
@@ -124,6 +126,8 @@ class LayerCall:
     _sides: list[list[Tensor]] = field(default_factory=list)
     _state_needs: list[bool] = field(default_factory=list)
     _promised: list[set[int]] = field(default_factory=list)
+    _conditions: Any = None
+    _meter: SavedBytes | None = None
     _checksum: Tensor | None = None
     _linears_right: list[Tensor] = field(default_factory=list)
 
@@ -146,66 +150,90 @@ class LayerCall:
             peaks.append(peak)
         return previous, current, _highest(peaks)
 
-    def run_undoably(self, previous: State, current: State) -> tuple[State, State, Tensor]:
+    def run_undoably(
+        self, previous: State, current: State, meter: SavedBytes | None = None
+    ) -> tuple[State, State, Tensor]:
         """The layer's forward without a graph: the next two states, and the peak of all.
 
-        Every step does have a graph while it runs, the one that it has when it is rebuilt: PyTorch chooses kernels by what
-        requires a gradient, and the graph says what the step depends on.
+        Args:
+            meter: counts what autograd would save.
 
         Raises:
             RuntimeError: a step depends on what its rebuilding would not give a gradient to, or changes its buffers.
         """
+        peaks = []
+        with self._recording(meter):
+            if not self.opens:
+                self._checksum = checksum(*self._witnesses(previous.bits, current.bits, current.needs_gradient))
+            for step in self.steps:
+                state = _leaf(current.value) if current.value is not None else self._read(current.bits)
+                value = self._record(partial(self._phi, step), state.requires_grad_(current.needs_gradient))
+                needs_gradient = value.requires_grad or previous.needs_gradient
+                with torch.no_grad():
+                    bits, sides, peak = advance(value.detach(), previous.bits, self.plan, keep=True)
+                del value, state
+                self._sides.append(sides)
+                peaks.append(peak)
+                previous, current = current._replace(value=None), State(bits, None, needs_gradient)
+        return previous, current, _highest(peaks)
+
+    def rebuild(self, index: int, current: Tensor, following: Tensor) -> "RebuiltStep":
+        """Step ``index`` once more, from ``s[i]`` and ``s[i+1]``: its local graph and ``s[i-1]``."""
+        value, sources = self._replay(index, partial(self._phi, self.steps[index]), self._read(current))
+        with torch.no_grad():
+            previous = retreat(value, following, self.plan, self._sides[index])
+        # The graph alone is kept: what its last operation yields has served.
+        return RebuiltStep(sources, graph_of(value), value.dtype, previous)
+
+    @contextmanager
+    def _recording(self, meter: SavedBytes | None) -> Iterator[None]:
+        """The forward pass of the layer: its inputs become leaves, its conditions are noted, its buffers must not change."""
         versions = [version_of(buffer) for buffer in self.held.buffers.values()]
         self.inputs = tuple(_leaf(t) for t in self.inputs)
-        conditions = Conditions(self.held.modules, self.device)
-        if not self.opens:
-            self._checksum = checksum(*self._witnesses(previous.bits, current.bits, current.needs_gradient))
-        peaks = []
-        for step in self.steps:
-            state = _leaf(current.value) if current.value is not None else self._read(current.bits)
-            state.requires_grad_(current.needs_gradient)
-            self._state_needs.append(current.needs_gradient)
-            if state.requires_grad:
-                state.register_hook(_refuse_gradient)
-            context = StepContext(conditions, self.saves_linears)
-            with torch.enable_grad(), saved_tensors_hooks(_drop, _refuse_use):
-                value = context.record(partial(self._phi, step, state, self.inputs))
-                needs_gradient = value.requires_grad or previous.needs_gradient
-                self._note_sources(value, state)
-            with torch.no_grad():
-                bits, sides, peak = advance(value.detach(), previous.bits, self.plan, keep=True)
-            del value, state
-            self._contexts.append(context)
-            self._sides.append(sides)
-            peaks.append(peak)
-            previous, current = current._replace(value=None), State(bits, None, needs_gradient)
+        self._conditions = Conditions(self.held.modules, self.device)
+        self._meter = meter
+        yield
+        self._meter = None
         for (name, buffer), version in zip(self.held.buffers.items(), versions, strict=True):
             if version_of(buffer) != version:
                 raise RuntimeError(
                     f"{type(self.module).__name__} changes its buffer {name} in its forward pass, so it cannot be run again in "
                     f"the backward pass: {AUTOGRAD}"
                 )
-        return previous, current, _highest(peaks)
 
-    def rebuild(self, index: int, current: Tensor, following: Tensor) -> "RebuiltStep":
-        """Step ``index`` once more, from ``s[i]`` and ``s[i+1]``: its local graph and ``s[i-1]``."""
-        state = self._read(current).requires_grad_(self._state_needs[index])
+    def _record(self, work: Callable[..., Tensor], state: Tensor) -> Tensor:
+        """``work(state, inputs)``, remembering all that it needs to run again.
+
+        It does have a graph while it runs, the one that it has when it is rebuilt: PyTorch chooses kernels by what requires
+        a gradient, and the graph says what the step depends on.
+        """
+        self._state_needs.append(state.requires_grad)
+        if state.requires_grad:
+            state.register_hook(_refuse_gradient)
+        context = StepContext(self._conditions, self.saves_linears)
+        self._contexts.append(context)
+        pack = _drop if self._meter is None else self._meter.hold
+        with torch.enable_grad(), saved_tensors_hooks(pack, _refuse_use):
+            value = context.record(partial(work, state, self.inputs))
+            self._note_sources(value, state)
+        if self._meter is not None:
+            self._meter.let_go()
+        return value
+
+    def _replay(self, index: int, work: Callable[..., Tensor], state: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """What :meth:`_record` returned, once more, with its graph; and the leaves of that: state, inputs, parameters."""
+        state.requires_grad_(self._state_needs[index])
         inputs = tuple(_leaf(t) for t in self.inputs)
         parameters = tuple(self.held.parameters.values())
-        work: Callable[[], Tensor] = partial(self._phi, self.steps[index], state, inputs)
+        run: Callable[[], Tensor] = partial(work, state, inputs)
         if not self.held.is_there() or any(map(has_gradient_hooks, parameters)):
-            parameters, work = self._with_aliases(work)
+            parameters, run = self._with_aliases(run)
         context = self._contexts[index]
         with torch.enable_grad():
-            value = context.replay(work)
+            value = context.replay(run)
         if context.linears is not None:
             self._linears_right += context.linears.right
-        with torch.no_grad():
-            previous = retreat(value, following, self.plan, self._sides[index])
-        sources = (state, *(t for t in inputs if isinstance(t, Tensor)), *parameters)
-        # The graph alone is kept: what its last operation yields has served.
-        graph = get_gradient_edge(value) if value.requires_grad else None
-        return RebuiltStep(sources, graph, value.dtype, previous)
+        return value, (state, *(t for t in inputs if isinstance(t, Tensor)), *parameters)
 
     def kept(self) -> list[Tensor]:
         """What is kept until the steps are undone: side bits, and results of linear layers."""
@@ -309,7 +337,10 @@ class _Call(nn.Module):
 
 @dataclass
 class RebuiltStep:
-    """A step's local graph, from ``sources`` (state, inputs, parameters) to Phi, of ``dtype``; and s[i-1]."""
+    """A step's local graph, from ``sources`` (state, inputs, parameters) to Phi, of ``dtype``; and s[i-1].
+
+    Of a layer that changes the shape of the hidden state: its graph, and what it computed.
+    """
 
     sources: tuple[Tensor, ...]
     graph: GradientEdge | None
@@ -351,6 +382,11 @@ def dependencies(result: Tensor, sources: Sequence[Tensor]) -> tuple[set[int], s
         else:
             return found, f"a tensor of shape {tuple(leaf.shape)}"
     return found, None
+
+
+def graph_of(value: Tensor) -> GradientEdge | None:
+    """The autograd graph that ends in ``value``, without ``value``."""
+    return get_gradient_edge(value) if value.requires_grad else None
 
 
 def _node(value: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """How much memory there is, is in use, and will be: what a budget of retention is measured with."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,19 +22,46 @@ def coming(parameter: Tensor) -> int:
     return local.numel() * local.element_size()
 
 
-@contextmanager
-def counting_saved(parameters: tuple[Tensor, ...]) -> Iterator[dict[int, int]]:
-    """The bytes of every storage that autograd saves, by an address; those of ``parameters`` are there anyway."""
-    known = set(map(storage_key, parameters))
-    found: dict[int, int] = {}
+class SavedBytes:
+    """Counts what autograd saves in a piece of work: every storage once.
 
-    def pack(tensor: Tensor) -> Tensor:
-        if (key := storage_key(tensor)) not in known:
-            found[key] = tensor.untyped_storage().nbytes()
+    Args:
+        known: tensors that are in memory anyway, such as parameters.
+
+    Attributes:
+        total: bytes.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = ()):
+        self._known = set(map(storage_key, known))
+        self._found: dict[int, int] = {}
+        self._held: list[Tensor] = []
+        self._let_go = 0
+
+    @property
+    def total(self) -> int:
+        return self._let_go + sum(self._found.values())
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Pack a tensor, which stays saved."""
+        if (key := storage_key(tensor)) not in self._known:
+            self._found[key] = tensor.untyped_storage().nbytes()
         return tensor.detach()  # not itself: a node that saves its own result would keep itself alive
 
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield found
+    def hold(self, tensor: Tensor) -> None:
+        """Pack a tensor of a graph that is thrown away. It lives on until :meth:`let_go`, so that no other gets its address."""
+        self._held.append(self.keep(tensor))
+
+    def let_go(self) -> None:
+        self._let_go, self._found, self._held = self.total, {}, []
+
+
+@contextmanager
+def counting_saved(known: Iterable[Tensor]) -> Iterator[SavedBytes]:
+    """Counts what autograd saves within this context."""
+    meter = SavedBytes(known)
+    with saved_tensors_hooks(meter.keep, lambda tensor: tensor):
+        yield meter
 
 
 def in_use(device: torch.device) -> int:

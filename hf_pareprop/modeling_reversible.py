@@ -71,7 +71,13 @@ class ReversiblePreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: the list `beta` has another number of entries than the encoder has layers.
         """
-        return plan_layers(self.config.beta, len(self.encoder_layers), self.config.grid_bits)
+        return self._plans(self.config.beta)
+
+    def _plans(self, beta: float | Sequence[float]) -> tuple[LayerPlan, ...]:
+        base: Any = self.base_model
+        depths = [len(stage) for stage in base.encoder.stages()]
+        transitions = {i for i, layer in enumerate(self.encoder_layers) if getattr(layer, "changes_shape", False)}
+        return plan_layers(beta, depths, self.config.grid_bits, transitions)
 
     @property
     def encoder_layers(self) -> list[nn.Module]:
@@ -96,7 +102,7 @@ class ReversiblePreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: `beta` is out of range.
         """
-        plan_layers(beta, len(self.encoder_layers), self.config.grid_bits)
+        self._plans(beta)
         self.config.beta = beta if isinstance(beta, (int, float)) else list(beta)
 
     def set_memory_budget(self, budget: str | None) -> None:

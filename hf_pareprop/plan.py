@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 ENGINE_NAMES = ("autograd", "reprop", "pareprop")
@@ -26,14 +26,23 @@ class LayerPlan:
     Attributes:
         beta: 0 for a conventional layer, which stores its activations; 1 or ``2**-m`` for a reversible one.
         grid_bits: states are whole numbers of ``2**-grid_bits``; ``None`` leaves them floats, which cannot be rebuilt.
+        stage: the stage that it is in, from 0 on; within one, hidden states have one shape.
+        transition: whether the layer changes the shape of the hidden state. Then it is conventional at any ``beta``; above
+            0 its activations are not stored but computed again in the backward pass.
     """
 
     beta: float
     grid_bits: int | None = DEFAULT_GRID_BITS
+    stage: int = 0
+    transition: bool = False
 
     @property
     def reversible(self) -> bool:
-        return self.beta > 0
+        return self.beta > 0 and not self.transition
+
+    @property
+    def stores_activations(self) -> bool:
+        return self.beta == 0
 
     @property
     def side_bits(self) -> int:
@@ -47,14 +56,18 @@ class LayerPlan:
 
 
 def plan_layers(
-    beta: float | Sequence[float], num_layers: int, grid_bits: int | None = DEFAULT_GRID_BITS
+    beta: float | Sequence[float],
+    depths: int | Sequence[int],
+    grid_bits: int | None = DEFAULT_GRID_BITS,
+    transitions: Container[int] = (),
 ) -> tuple[LayerPlan, ...]:
     """The plan of every layer, from the first one on.
 
     Args:
-        beta: one number, or one per layer.
-        num_layers: how many layers.
+        beta: one number, or one per layer, counted across stages.
+        depths: how many layers, or how many in each stage.
         grid_bits: bits after the binary point of the states, 1 to 22; ``None`` leaves states floats.
+        transitions: the layers that change the shape of the hidden state, counted from 0 across stages.
 
     Raises:
         ValueError: an argument is out of range.
@@ -68,7 +81,13 @@ def plan_layers(
             f"grid_bits={grid_bits!r} is not a whole number from 1 to {MOST_GRID_BITS}: keep the default of "
             f"{DEFAULT_GRID_BITS}, which holds states below {LayerPlan(1).limit:g}; fewer bits hold larger ones."
         )
-    return tuple(LayerPlan(value, grid_bits) for value in betas_per_layer(beta, num_layers))
+    depths = [depths] if isinstance(depths, int) else depths
+    stages = [stage for stage, depth in enumerate(depths) for _ in range(depth)]
+    betas = betas_per_layer(beta, len(stages))
+    return tuple(
+        LayerPlan(beta, grid_bits, stage, i in transitions)
+        for i, (beta, stage) in enumerate(zip(betas, stages, strict=True))
+    )
 
 
 def betas_per_layer(beta: float | Sequence[float], num_layers: int) -> tuple[float, ...]:

@@ -4,7 +4,9 @@ Rebuilding a layer costs another forward of it, so it is done for as few layers 
 begins with the last layers: what they keep is the first to be freed, before the gradients of all parameters exist.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -12,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .cuda_rng import capturing, schedule
-from .memory_probe import coming, counting_saved, free_memory, in_use
+from .layer_call import LayerCall
+from .memory_probe import SavedBytes, coming, free_memory, in_use
 from .plan import LayerPlan, parse_budget
 from .saved_linear import SavedLinears
 
@@ -29,11 +32,31 @@ STEPS = 2
 """Of a layer."""
 
 
+Kind = tuple[int, bool]
+"""Layers of one kind keep the same: the stage that they are in, and whether they change the shape of the hidden state."""
+
+
 class Sizes(NamedTuple):
-    """Bytes that a layer keeps: with its graph, or with the results of its narrowing linear layers alone."""
+    """What a layer keeps.
+
+    Attributes:
+        graph: bytes, with its graph.
+        linears: bytes, with the results of its narrowing linear layers alone.
+        elements: of its state.
+    """
 
     graph: float = 0.0
     linears: float = 0.0
+    elements: float = 0.0
+
+    def scaled(self, factor: float) -> "Sizes":
+        return Sizes(*(size * factor for size in self))
+
+    def largest(self, other: "Sizes") -> "Sizes":
+        return Sizes(*map(max, self, other))
+
+
+UNKNOWN = Sizes(graph=float("inf"), linears=float("inf"))
 
 
 class RetentionPlan(NamedTuple):
@@ -43,7 +66,7 @@ class RetentionPlan(NamedTuple):
         graphs: so many of the last layers keep their graphs,
         linears: and so many below those the results of their narrowing linear layers.
         bytes: that this takes.
-        unmeasured: the shape of the batch, if what a layer keeps for it is to be measured.
+        unmeasured: the shape of the batch, if what layers keep for it is to be measured.
     """
 
     graphs: int = 0
@@ -52,33 +75,38 @@ class RetentionPlan(NamedTuple):
     unmeasured: Shape | None = None
 
 
-def share_out(allowance: float, sizes: Sizes, depth: int) -> RetentionPlan:
-    """What of ``depth`` layers to keep within ``allowance`` bytes.
+def share_out(allowance: float, layers: Sequence[Sizes]) -> RetentionPlan:
+    """What of ``layers``, from the first one on, to keep within ``allowance`` bytes.
 
     Results of linear layers first: for their size they save several times as much time as whole graphs do.
     """
-    if allowance >= depth * sizes.graph:
-        return _plan(sizes, depth, 0)
-    allowance = max(0, allowance)
-    spare = allowance - depth * sizes.linears
-    if spare < 0:
-        return _plan(sizes, 0, int(allowance // sizes.linears))
-    graphs = int(spare // (sizes.graph - sizes.linears))
-    return _plan(sizes, graphs, depth - graphs if sizes.linears else 0)
+    last_first = layers[::-1]
+    linears = _fitting(allowance, [size.linears for size in last_first])
+    if linears < len(layers):
+        return _plan(last_first, 0, linears)
+    spare = allowance - sum(size.linears for size in layers)
+    graphs = _fitting(spare, [size.graph - size.linears for size in last_first])
+    return _plan(last_first, graphs, len(layers) - graphs if any(size.linears for size in layers) else 0)
 
 
-def _plan(sizes: Sizes, graphs: int, linears: int) -> RetentionPlan:
-    return RetentionPlan(graphs, linears, graphs * sizes.graph + linears * sizes.linears)
+def _fitting(allowance: float, sizes: Sequence[float]) -> int:
+    """How many of ``sizes``, from the first one on, fit."""
+    return sum(total <= max(0, allowance) for total in accumulate(sizes))
+
+
+def _plan(last_first: Sequence[Sizes], graphs: int, linears: int) -> RetentionPlan:
+    taken = sum(size.graph for size in last_first[:graphs])
+    return RetentionPlan(graphs, linears, taken + sum(size.linears for size in last_first[graphs : graphs + linears]))
 
 
 class Retention:
     """Decides how many of the last layers keep something, for every shape of batch.
 
-    With a budget, what a layer keeps is measured once for each shape, in a forward pass that keeps one graph or more, and
-    as much is kept as fits. The gradients of parameters are a budget that costs nothing: they do not exist yet while
+    With a budget, what layers of every kind keep is measured once for each shape, in its first forward pass, and as much is
+    kept as fits. The gradients of parameters are a budget that costs nothing: they do not exist yet while
     what is kept is in memory, and make the peak, at the end of the backward pass.
 
-    Free memory is what the first two steps leave at their peak, with one layer kept (on CUDA; on a CPU, what is free when
+    Free memory is what the first two steps leave at their peak, with nothing kept (on CUDA; on a CPU, what is free when
     the third step begins). For larger batches than theirs it shrinks in proportion, and by what is allocated later, such
     as the optimizer's state after several forward passes of gradient accumulation.
 
@@ -100,7 +128,7 @@ class Retention:
     ):
         self._text, self._budget = budget, parse_budget(budget)
         self._parameters, self._logits = parameters, logits
-        self._sizes: dict[Shape, Sizes] = {}
+        self._sizes: dict[Shape, dict[Kind, Sizes]] = {}
         self._steps = 0
         self._largest = 0
         self._allowance: float | None = None  # bytes that may be kept
@@ -114,9 +142,9 @@ class Retention:
         return Retention, (self._text, self._parameters, self._logits)
 
     @property
-    def measured(self) -> dict[Shape, Sizes]:
-        """What a layer keeps, for every shape that was measured."""
-        return dict(self._sizes)
+    def measured(self) -> dict[Shape, dict[Kind, Sizes]]:
+        """What layers of every kind keep, for every shape that was measured."""
+        return {shape: dict(sizes) for shape, sizes in self._sizes.items()}
 
     @torch.compiler.disable  # its counting would be compiled anew at every step
     def plan(self, embeddings: Tensor, plans: Sequence[LayerPlan]) -> RetentionPlan:
@@ -140,26 +168,30 @@ class Retention:
         if self._text is None or not torch.is_grad_enabled():
             return RetentionPlan()
         shape = (embeddings.shape, embeddings.dtype, torch.is_autocast_enabled(embeddings.device.type))
-        unmeasured = None if shape in self._sizes else shape
-        sizes = self._sizes.get(shape) or self._expected(embeddings)
-        allowance = self._allowed(embeddings, plans)
+        measured = self._sizes.get(shape, {})
+        unmeasured = shape if any(_kind(plan) not in measured for plan in plans if plan.beta) else None
+        layers = [Sizes() if plan.stores_activations else self._size(plan, measured, embeddings) for plan in plans]
+        allowance = self._allowed(embeddings, plans, layers)
         if allowance is None:
-            kept = _plan(sizes, 1, 0)
-        elif not sizes.graph:
-            kept = RetentionPlan(graphs=int(allowance > 0))
-        else:
-            kept = share_out(min(allowance, self._most), sizes, depth)
-        return kept._replace(unmeasured=unmeasured)
+            return RetentionPlan(unmeasured=unmeasured)
+        return share_out(min(allowance, self._most), layers)._replace(unmeasured=unmeasured)
 
-    def _expected(self, embeddings: Tensor) -> Sizes:
-        """For a shape that was not measured: of the one whose layers keep most for its size."""
-        per_element = (tuple(size / shape[0].numel() for size in sizes) for shape, sizes in self._sizes.items())
-        return Sizes(*(size * embeddings.numel() for size in max(per_element, default=Sizes())))
+    def _size(self, plan: LayerPlan, measured: dict[Kind, Sizes], embeddings: Tensor) -> Sizes:
+        """Of a shape that was not measured: by the one whose layers keep most for its size."""
+        kind = _kind(plan)
+        if kind in measured:
+            return measured[kind]
+        others = [
+            sizes[kind].scaled(embeddings.numel() / shape[0].numel())
+            for shape, sizes in self._sizes.items()
+            if kind in sizes
+        ]
+        return max(others, default=UNKNOWN._replace(elements=embeddings.numel()))
 
-    def _allowed(self, embeddings: Tensor, plans: Sequence[LayerPlan]) -> float | None:
+    def _allowed(self, embeddings: Tensor, plans: Sequence[LayerPlan], layers: Sequence[Sizes]) -> float | None:
         """Bytes that may be kept; ``None`` while that is not known."""
         if self._budget.gradients:
-            side_bits = sum(plan.side_bits for plan in plans) * STEPS * embeddings.numel()
+            side_bits = STEPS * sum(plan.side_bits * size.elements for plan, size in zip(plans, layers, strict=True))
             head = 3 * torch.float32.itemsize * self._logits * embeddings.numel() / embeddings.shape[-1]
             return sum(map(coming, self._parameters())) - side_bits / 8 - head - sum(self._waiting.values())
         if self._allowance is None:
@@ -181,23 +213,30 @@ class Retention:
         device, share = embeddings.device, self._budget.share
         part = share if isinstance(share, float) else SHARE.get(device.type, 0.0)
         free, transient = free_memory(device)
-        self._allowance = part * free + max((sizes.graph for sizes in self._sizes.values()), default=0)
+        self._allowance = part * free
         self._per_element = transient / self._largest
         self._in_use = in_use(device)
 
-    def measure(self, kept: RetentionPlan, work: Callable[[], None], known: tuple[Tensor, ...]) -> None:
-        """Run ``work``, the forward pass of a layer that keeps its graph; measure that if the batch has a new shape.
+    @contextmanager
+    def measuring(self, kept: RetentionPlan, call: LayerCall, state: Tensor) -> Iterator[SavedBytes | None]:
+        """Within this context a layer runs; if the batch has a new shape, what it keeps or would keep is measured.
 
         Args:
-            known: tensors that are in memory anyway, such as the layer's parameters.
+            call: of the layer.
+            state: that it reads.
+
+        Yields:
+            What the layer has to count all with that autograd saves or would save.
         """
-        if kept.unmeasured is None or kept.unmeasured in self._sizes:
-            work()
+        if kept.unmeasured is None:
+            yield None
             return
-        linears = SavedLinears()
-        with counting_saved(known) as saved, linears.keeping():
-            work()
-        self._sizes[kept.unmeasured] = Sizes(sum(saved.values()), sum(result.nbytes for result in linears.results))
+        meter, linears = SavedBytes(call.sources), SavedLinears()
+        with linears.keeping():
+            yield meter
+        results = 0 if call.plan.transition else sum(result.nbytes for result in linears.results)
+        sizes, kind = self._sizes.setdefault(kept.unmeasured, {}), _kind(call.plan)
+        sizes[kind] = Sizes(meter.total, results, state.numel()).largest(sizes.get(kind, Sizes()))
 
     def watch(self, forward: object, output: Tensor, kept: RetentionPlan) -> None:
         """Until the backward pass of ``forward`` comes to ``output``, other forward passes get what it leaves."""
@@ -224,3 +263,7 @@ class Retention:
             return False
         self._most = kept.bytes / 2
         return True
+
+
+def _kind(plan: LayerPlan) -> Kind:
+    return plan.stage, plan.transition

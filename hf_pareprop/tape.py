@@ -3,21 +3,25 @@
 import math
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from .coupling import encode, merge_pair, poison, straight_through
 from .engine import Engine, Enter, Leave, RebuiltLayer, Trail
 from .findings import Findings
 from .hooks import is_observed, is_observed_inside
 from .layer_call import AUTOGRAD, Contents, LayerCall, State, Step, value_of
+from .memory_probe import SavedBytes
 from .observer import current_observer
 from .plan import LayerPlan
 from .retention import Retention, RetentionPlan
 from .torch_private import in_functorch, shares_memory, version_of
+from .transition import Transition, TransitionCall
 
 
 class Tape:
@@ -36,10 +40,12 @@ class Tape:
     Attributes:
         dtype: the compute dtype: that of the embeddings.
         norm: of a post-LN model, the norm that ends the last layer, which the next reader applies, and its parameters.
+        grid: of an image model, the rows and columns of patches that hidden states have now.
     """
 
     dtype: torch.dtype
     norm: tuple[nn.Module | None, tuple[Tensor, ...]] = (None, ())
+    grid: tuple[int, int]
 
     def __init__(
         self,
@@ -89,27 +95,22 @@ class Tape:
             )
         plan = self.plans[self._position]
         if not plan.reversible:
-            hidden = self.finish(hidden)
-            self._plan = None
+            hidden = self._close(hidden, module, steps, inputs, plan)
             self._position += 1
-            return _conventional(module, steps, hidden, inputs)
+            return hidden
         self._arrive(hidden, plan)
         held = Contents(module)
         call = LayerCall(module, steps, plan, self.dtype, inputs, held, self._current.bits.device)
-        needs_gradient = torch.is_grad_enabled() and (
-            self._previous.needs_gradient
-            or self._current.needs_gradient
-            or any(source.requires_grad for source in call.sources)
-        )
-        layers_from_here = len(self.plans) - self._position
-        if not (self.engine.rebuilds and needs_gradient):
+        if not self._may_rebuild(call, self._previous.needs_gradient or self._current.needs_gradient):
             self._store(call)
-        elif layers_from_here <= self.kept.graphs or is_observed_inside(held.modules):
+        elif self._keeps_graph(call):
             self._know_both()  # before the measurement: a pair is stored once and not in every layer
-            self.retention.measure(self.kept, partial(self._store, call), call.sources)
+            with self.retention.measuring(self.kept, call, self._current.bits) as meter, _counted(meter):
+                self._store(call)
         else:
-            call.saves_linears = layers_from_here <= self.kept.graphs + self.kept.linears
-            self._rebuild_later(call)
+            call.saves_linears = self._layers_from_here <= self.kept.graphs + self.kept.linears
+            with self.retention.measuring(self.kept, call, self._current.bits) as meter:
+                self._rebuild_later(call, meter)
         self._position += 1
         if is_observed(module):
             self._know_both()  # a loss on what the hook sees finds the pair stored, and is NaN where the output will be
@@ -130,6 +131,13 @@ class Tape:
             self._current = self._current._replace(value=handed_out)
             hidden = hidden + poison(self._peak).to(hidden.dtype)  # added, so that gradients are what they are
         return hidden.to(self.dtype)
+
+    @torch.compiler.disable
+    def stage(self, hidden: Tensor) -> Tensor:
+        """The first hidden state of a new stage, of another shape; its dtype becomes the compute dtype."""
+        self._plan = None
+        self.dtype = hidden.dtype
+        return hidden
 
     @torch.compiler.disable
     def end(self) -> None:
@@ -178,21 +186,61 @@ class Tape:
         same = hidden is handed or (shares_memory(hidden, handed) and _descends(hidden, handed))
         return same and (version_of(hidden), hidden.requires_grad) == self._handed_out
 
+    @property
+    def _layers_from_here(self) -> int:
+        return len(self.plans) - self._position
+
+    def _may_rebuild(self, call: LayerCall, state_needs_gradient: bool) -> bool:
+        """Whether there is a backward pass in which the layer could be rebuilt."""
+        needs_gradient = state_needs_gradient or any(source.requires_grad for source in call.sources)
+        return self.engine.rebuilds and torch.is_grad_enabled() and needs_gradient
+
+    def _keeps_graph(self, call: LayerCall) -> bool:
+        """Whether a layer that could be rebuilt stores its activations: by the budget, or since others look into it."""
+        return self._layers_from_here <= self.kept.graphs or is_observed_inside(call.held.modules)
+
+    def _close(
+        self, hidden: Tensor, module: nn.Module, steps: Sequence[Step], inputs: tuple[Any, ...], plan: LayerPlan
+    ) -> Tensor:
+        """Run a layer that is not reversible: a segment ends before it."""
+        hidden = self.finish(hidden)
+        self._plan = None
+        work = partial(_conventional, module, steps)
+        if not plan.transition:
+            return work(hidden, *inputs)
+        hidden = hidden.view_as(hidden)  # the layer's uses are added up here, before those of others
+        call = TransitionCall(module, steps, plan, self.dtype, inputs, Contents(module), hidden.device)
+        if plan.stores_activations or not self._may_rebuild(call, hidden.requires_grad):
+            return self.stage(work(hidden, *inputs))
+        with self.retention.measuring(self.kept, call, hidden) as meter:
+            if self._keeps_graph(call):
+                with _counted(meter):
+                    return self.stage(work(hidden, *inputs))
+            return self.stage(self._run_again_later(call, work, hidden, meter))
+
+    def _run_again_later(self, call: TransitionCall, work: Any, hidden: Tensor, meter: SavedBytes | None) -> Tensor:
+        _refuse_transforms()
+        self.trail.calls[self._position] = call
+        inputs = tuple(t for t in call.inputs if isinstance(t, Tensor))
+        value = call.run_forgetfully(work, hidden, meter)
+        self.trail.observer.layer_keeps(self._position, [hidden])
+        # Autograd gets the inputs as they came, with their history; the call keeps leaves.
+        return Transition.apply(self.trail, self._position, value, hidden, *inputs, *call.held.parameters.values())
+
     def _store(self, call: LayerCall) -> None:
         """Run a layer whose activations autograd stores."""
         self._know_both()
         self._previous, self._current, peak = call.run(self._previous, self._current)
         self._peak = torch.maximum(self._peak, peak)
 
-    def _rebuild_later(self, call: LayerCall) -> None:
+    def _rebuild_later(self, call: LayerCall, meter: SavedBytes | None) -> None:
         """Run a layer whose activations are rebuilt."""
         if call.plan.grid_bits is None:
             raise RuntimeError(
                 "grid_bits=None leaves states floats, which cannot be rebuilt bit for bit: give grid_bits, or "
                 f"{AUTOGRAD}"
             )
-        if in_functorch():
-            raise RuntimeError(f"transforms of torch.func cannot see through layers that are rebuilt: {AUTOGRAD}")
+        _refuse_transforms()
         position, trail = self._position, self.trail
         previous, current = self._previous, self._current
         call.opens, call.follows = previous.bits is current.bits, previous.value is None
@@ -202,7 +250,7 @@ class Tape:
         trail.calls[position] = call
         trail.observer.layer_begins(position, (previous.bits, current.bits), call.plan.limit)
         inputs = tuple(t for t in call.inputs if isinstance(t, Tensor))
-        self._previous, after, peak = call.run_undoably(previous, current)
+        self._previous, after, peak = call.run_undoably(previous, current, meter)
         # Autograd gets the inputs as they came, with their history; the call keeps leaves.
         hidden = RebuiltLayer.apply(trail, position, after.bits, hidden, *inputs, *call.held.parameters.values())
         self._current = after._replace(value=hidden)
@@ -217,6 +265,16 @@ class Tape:
             self._previous, self._current = (State.of(b, v) for b, v in zip(pair, values, strict=True))
 
 
+def _counted(meter: SavedBytes | None) -> AbstractContextManager[Any]:
+    """Have ``meter``, if there is one, count what autograd saves."""
+    return nullcontext() if meter is None else saved_tensors_hooks(meter.keep, lambda tensor: tensor)
+
+
+def _refuse_transforms() -> None:
+    if in_functorch():
+        raise RuntimeError(f"transforms of torch.func cannot see through layers that are rebuilt: {AUTOGRAD}")
+
+
 def _descends(view: Tensor, original: Tensor) -> bool:
     """Whether the gradient of ``view``, if it has one, goes to ``original`` by way of few nodes."""
     if not original.requires_grad:
@@ -229,7 +287,7 @@ def _descends(view: Tensor, original: Tensor) -> bool:
     return False
 
 
-def _conventional(module: nn.Module, steps: Sequence[Step], hidden: Tensor, inputs: tuple[Any, ...]) -> Tensor:
+def _conventional(module: nn.Module, steps: Sequence[Step], hidden: Tensor, *inputs: Any) -> Tensor:
     """A stock layer: residuals are added back; activations are stored by autograd, or checkpointed where that is on."""
 
     def run(hidden: Tensor, *inputs: Any) -> Tensor:

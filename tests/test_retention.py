@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 import hf_pareprop as hp
 from hf_pareprop import memory_probe, retention
 from hf_pareprop.memory_probe import coming, counting_saved
-from hf_pareprop.retention import Retention, RetentionPlan, Sizes, share_out
+from hf_pareprop.retention import UNKNOWN, Retention, RetentionPlan, Sizes, share_out
 from hf_pareprop.tools.accounting import predict
 from hf_pareprop.tools.compare import resized
 from hf_pareprop.tools.contenders import Subject, reversible_contenders
@@ -103,13 +103,13 @@ def kept_bytes(model, batch):
     with counting_saved(tuple(model.parameters())) as found:
         loss = model(**batch).loss
     del loss
-    return sum(found.values())
+    return found.total
 
 
 def size_of_a_layer(model):
-    """Bytes that a layer keeps, measured for the one shape so far."""
+    """What a layer keeps, measured for the one shape so far: of the last stage, all of whose layers are reversible."""
     (sizes,) = model.base_model.retention.measured.values()
-    return sizes
+    return sizes[max(sizes)[0], False]
 
 
 def test_a_layer_is_measured_as_what_it_keeps(family):
@@ -154,7 +154,7 @@ def layers_kept(model, batch, rebuilt):
 def test_bytes(family, rebuilt):
     model, batch = without_narrowing(family), family.batch()
     model.set_memory_budget(PLENTY)
-    assert [layers_kept(model, batch, rebuilt) for _ in range(2)] == [1, DEPTH]
+    assert [layers_kept(model, batch, rebuilt) for _ in range(2)] == [0, DEPTH]
     size = size_of_a_layer(model).graph
     for budget, expected in ((0, 0), (size - 1, 0), (size, 1), (3 * size + 1, 3)):
         model.set_memory_budget(amount(budget))
@@ -180,28 +180,39 @@ def test_bytes(family, rebuilt):
 )
 def test_sharing_out(allowance, kept):
     """Within the allowance, and it says how much that is."""
-    plan = share_out(allowance, Sizes(graph=100, linears=10), 4)
+    plan = share_out(allowance, [Sizes(graph=100, linears=10)] * 4)
     assert (plan.graphs, plan.linears) == kept
     assert plan.bytes == 100 * kept[0] + 10 * kept[1] <= max(0, allowance)
 
 
 @pytest.mark.parametrize("allowance, kept", [(-1, 0), (0, 0), (99, 0), (100, 1), (399, 3), (400, 4), (500, 4)])
 def test_sharing_out_without_narrowing_layers(allowance, kept):
-    assert share_out(allowance, Sizes(graph=100), 4) == RetentionPlan(kept, 0, 100 * kept)
+    assert share_out(allowance, [Sizes(graph=100)] * 4) == RetentionPlan(kept, 0, 100 * kept)
+
+
+def test_sharing_out_layers_that_keep_different_amounts():
+    """As where stages differ; one that was not measured, and all below it, keep nothing."""
+    layers = [Sizes(graph=400, linears=40), Sizes(graph=100, linears=10), Sizes(graph=50, linears=5)]
+    assert share_out(54, layers)[:2] == (0, 2)
+    assert share_out(55, layers)[:2] == (0, 3)
+    assert share_out(100, layers) == RetentionPlan(1, 2, 50 + 10 + 40)
+    assert share_out(549, layers) == RetentionPlan(2, 1, 50 + 100 + 40)
+    assert share_out(550, layers) == RetentionPlan(3, 0, 550)
+    assert share_out(10**9, [UNKNOWN, *layers[1:]]) == RetentionPlan(0, 2, 15)
 
 
 def test_results_of_linear_layers_are_measured_and_kept_by_a_budget(family):
     model, batch = family.build(DEPTH, beta=0.5), family.batch()
     model.set_memory_budget(PLENTY)
     model(**batch)
-    graph, linears = size_of_a_layer(model)
+    graph, linears, _ = size_of_a_layer(model)
     tokens = 3 * (11 if "input_ids" in batch else 10)
     assert linears == tokens * 32 * 4 < graph / 8
     reference = step(model, batch, "autograd")
     planned = noting(model, amount(2 * graph + 2 * linears)).planned
     for _ in range(2):
         assert_same(reference[1], step(model, batch, "pareprop")[1])
-    assert [(plan.graphs, plan.linears) for plan in planned] == [(1, 0), (2, 2)]
+    assert [(plan.graphs, plan.linears) for plan in planned] == [(0, 0), (2, 2)]
     assert planned[1].bytes == 2 * graph + 2 * linears
 
 
@@ -216,7 +227,7 @@ def test_other_shapes(family, rebuilt):
     kept = {n: layers_kept(model, resized(batch, n), rebuilt) for n in (8, 4, 16, 32)}
     assert kept == {8: 2, 4: 4, 16: 1, 32: 0}
     shapes = [shape[0] for shape, _, _ in model.base_model.retention.measured]
-    assert shapes == [8, 4, 16]  # nothing kept, nothing measured
+    assert shapes == [8, 4, 16, 32]
 
 
 def test_free_memory(family, rebuilt, monkeypatch):
@@ -227,12 +238,12 @@ def test_free_memory(family, rebuilt, monkeypatch):
     size = size_of_a_layer(model).graph
     monkeypatch.setattr(retention, "free_memory", lambda device: (4 * size, 3 * size))
     model.set_memory_budget("50%")
-    assert [layers_kept(model, resized(batch, 8), rebuilt) for _ in range(3)] == [1, 1, 3]
-    assert layers_kept(model, resized(batch, 9), rebuilt) == 2
+    assert [layers_kept(model, resized(batch, 8), rebuilt) for _ in range(3)] == [0, 0, 2]
+    assert layers_kept(model, resized(batch, 9), rebuilt) == 1
     assert layers_kept(model, resized(batch, 16), rebuilt) == 0
     model.set_memory_budget("auto")
-    monkeypatch.setattr(retention, "free_memory", lambda device: (int(3.9 / retention.SHARE["cpu"] * size), 0))
-    assert [layers_kept(model, resized(batch, 8), rebuilt) for _ in range(3)] == [1, 1, 4]
+    monkeypatch.setattr(retention, "free_memory", lambda device: (int(4.9 / retention.SHARE["cpu"] * size), 0))
+    assert [layers_kept(model, resized(batch, 8), rebuilt) for _ in range(3)] == [0, 0, 4]
 
 
 def test_what_is_allocated_later_counts(family, rebuilt, monkeypatch):
@@ -242,10 +253,10 @@ def test_what_is_allocated_later_counts(family, rebuilt, monkeypatch):
     model(**batch)
     size = size_of_a_layer(model).graph
     used = [5 * size]
-    monkeypatch.setattr(retention, "free_memory", lambda device: (3 * size, 0))
+    monkeypatch.setattr(retention, "free_memory", lambda device: (4 * size, 0))
     monkeypatch.setattr(retention, "in_use", lambda device: used[0])
     model.set_memory_budget("100%")
-    assert [layers_kept(model, batch, rebuilt) for _ in range(3)] == [1, 1, 4]
+    assert [layers_kept(model, batch, rebuilt) for _ in range(3)] == [0, 0, 4]
     for now, expected in ((7, 2), (9, 0), (4, 4)):
         used[0] = now * size
         assert layers_kept(model, batch, rebuilt) == expected
@@ -289,7 +300,7 @@ def test_nothing_is_kept_without_gradients(family):
     assert planned == [RetentionPlan()] * 4
     for _ in range(3):
         model(**batch).loss.backward()
-    assert [plan.graphs for plan in planned[4:]] == [1, 1, DEPTH]
+    assert [plan.graphs for plan in planned[4:]] == [0, 0, DEPTH]
 
 
 def test_free_memory_of_this_machine():
@@ -317,7 +328,7 @@ def test_callback(tmp_path, rebuilt):
     rows = [{name: tensor[i] for name, tensor in batch.items()} for i in range(3)] * 4
     args = TrainingArguments(tmp_path, max_steps=4, per_device_train_batch_size=3, use_cpu=True, report_to="none")
     Trainer(model, args, train_dataset=rows, callbacks=[hp.MemoryBudget(PLENTY)]).train()
-    assert len(rebuilt) == 2 * (DEPTH - 1)  # in the first step alone
+    assert len(rebuilt) == 2 * DEPTH  # in the first step alone
     assert model.config.memory_budget is None and model.base_model.retention is None
 
 
@@ -333,7 +344,7 @@ def test_gradients_that_are_there_already_leave_nothing(family):
         model(**batch).loss.backward()
     model.zero_grad()
     model(**batch)
-    assert [plan.graphs for plan in planned] == [1, 0, DEPTH]
+    assert [plan.graphs for plan in planned] == [0, 0, DEPTH]
     assert planned[1].bytes == 0 < planned[2].bytes
 
 
@@ -344,7 +355,7 @@ def test_no_more_is_kept_than_gradients_take(family):
         for _ in range(2):
             model(**resized(family.batch(), size))
         found.append(kept.planned[-1].bytes)
-    assert found[0] == DEPTH * next(iter(kept.measured.values())).graph
+    assert found[0] == DEPTH * next(iter(kept.measured.values()))[0, False].graph
     assert 0 < found[1] <= gradient_bytes(model) and found[-1] == 0
 
 
@@ -437,8 +448,8 @@ def test_copies_measure_for_themselves(family, rebuilt):
         assert twin.base_model.retention is not model.base_model.retention
         assert not twin.base_model.retention.measured
         twin.zero_grad()
-        # The first pass measures one layer, the second one finds gradients of its own.
-        assert [layers_kept(twin, batch, rebuilt) for _ in range(2)] == [1, 0]
+        # The first pass measures, the second one finds gradients of its own.
+        assert [layers_kept(twin, batch, rebuilt) for _ in range(2)] == [0, 0]
         twin.zero_grad()
         assert layers_kept(twin, batch, rebuilt) == DEPTH
         assert_same(step(model, batch, "autograd")[1], step(twin, batch, "pareprop")[1])
