@@ -1,6 +1,7 @@
 """Reversible Transformers for Hugging Face: train without stored activations."""
 
 from transformers import (
+    AutoBackbone,
     AutoConfig,
     AutoModel,
     AutoModelForImageClassification,
@@ -13,6 +14,7 @@ from transformers import (
 )
 
 from .configuration_rev_roberta import RevRobertaConfig
+from .configuration_rev_swin import RevSwinConfig
 from .configuration_rev_vit import RevViTConfig
 from .modeling_rev_roberta import (
     RevRobertaForMaskedLM,
@@ -22,6 +24,12 @@ from .modeling_rev_roberta import (
     RevRobertaForTokenClassification,
     RevRobertaModel,
 )
+from .modeling_rev_swin import (
+    RevSwinBackbone,
+    RevSwinForImageClassification,
+    RevSwinForMaskedImageModeling,
+    RevSwinModel,
+)
 from .modeling_rev_vit import RevViTForImageClassification, RevViTForMaskedImageModeling, RevViTModel
 from .tools.callbacks import MemoryBudget
 from .tools.convert import to_reversible, to_stock
@@ -30,7 +38,7 @@ from .tools.schedule import BetaSchedule
 from .tools.verify import verify
 from .version import __version__
 
-for config in (RevRobertaConfig, RevViTConfig):
+for config in (RevRobertaConfig, RevViTConfig, RevSwinConfig):
     AutoConfig.register(config.model_type, config)
 for auto, model in (
     (AutoModel, RevRobertaModel),
@@ -39,6 +47,10 @@ for auto, model in (
     (AutoModelForTokenClassification, RevRobertaForTokenClassification),
     (AutoModelForQuestionAnswering, RevRobertaForQuestionAnswering),
     (AutoModelForMultipleChoice, RevRobertaForMultipleChoice),
+    (AutoModel, RevSwinModel),
+    (AutoModelForImageClassification, RevSwinForImageClassification),
+    (AutoModelForMaskedImageModeling, RevSwinForMaskedImageModeling),
+    (AutoBackbone, RevSwinBackbone),
     (AutoModel, RevViTModel),
     (AutoModelForImageClassification, RevViTForImageClassification),
     (AutoModelForMaskedImageModeling, RevViTForMaskedImageModeling),
@@ -57,6 +69,11 @@ __all__ = [
     "RevRobertaForSequenceClassification",
     "RevRobertaForTokenClassification",
     "RevRobertaModel",
+    "RevSwinBackbone",
+    "RevSwinConfig",
+    "RevSwinForImageClassification",
+    "RevSwinForMaskedImageModeling",
+    "RevSwinModel",
     "RevViTConfig",
     "RevViTForImageClassification",
     "RevViTForMaskedImageModeling",

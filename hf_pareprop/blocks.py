@@ -145,6 +145,21 @@ class Dense(nn.Module):
         return self.then(self.dense(hidden_states))
 
 
+class DropPath(nn.Module):
+    """Drops whole samples of a branch at the rate `drop_prob` in training, and scales up the others (Huang et al. 2016)."""
+
+    def __init__(self, drop_prob: float):
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, branch: Tensor) -> Tensor:
+        if self.drop_prob == 0.0 or not self.training:
+            return branch
+        keep = 1 - self.drop_prob
+        shape = (branch.shape[0],) + (1,) * (branch.dim() - 1)
+        return branch.div(keep) * torch.rand(shape, dtype=branch.dtype, device=branch.device).add(keep).floor()
+
+
 class Layer(nn.Module):
     """A layer of a reversible model: its `forward` describes its steps and hands them to the tape."""
 

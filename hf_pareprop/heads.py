@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
     ImageClassifierOutput,
     MaskedImageModelingOutput,
     MaskedLMOutput,
@@ -255,15 +256,22 @@ class ForQuestionAnswering(TextHead):
 
 
 @dataclass
+class StagedModelOutput(BaseModelOutputWithPooling):
+    """With the hidden states of every stage as `(batch, width, rows, columns)`, too."""
+
+    reshaped_hidden_states: tuple[Tensor, ...] | None = None
+
+
+@dataclass
 class StagedImageClassifierOutput(ImageClassifierOutput):
-    """With the hidden states of every stage as `(batch, width, height, width)`, too."""
+    """With the hidden states of every stage as `(batch, width, rows, columns)`, too."""
 
     reshaped_hidden_states: tuple[Tensor, ...] | None = None
 
 
 @dataclass
 class StagedMaskedImageModelingOutput(MaskedImageModelingOutput):
-    """With the hidden states of every stage as `(batch, width, height, width)`, too."""
+    """With the hidden states of every stage as `(batch, width, rows, columns)`, too."""
 
     reshaped_hidden_states: tuple[Tensor, ...] | None = None
 

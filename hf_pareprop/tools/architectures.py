@@ -18,6 +18,12 @@ from ..modeling_rev_roberta import (
     RevRobertaForTokenClassification,
     RevRobertaModel,
 )
+from ..modeling_rev_swin import (
+    RevSwinBackbone,
+    RevSwinForImageClassification,
+    RevSwinForMaskedImageModeling,
+    RevSwinModel,
+)
 from ..modeling_rev_vit import RevViTForImageClassification, RevViTForMaskedImageModeling, RevViTModel
 from ..modeling_reversible import ReversiblePreTrainedModel
 
@@ -114,6 +120,22 @@ _IN_MEMORY: Renames = (
     (r"mlp\.fc2\.", "output.dense."),
 )
 
+_SWIN = {
+    "Model": RevSwinModel,
+    "ForImageClassification": RevSwinForImageClassification,
+    "ForMaskedImageModeling": RevSwinForMaskedImageModeling,
+    "Backbone": RevSwinBackbone,
+}
+_SWIN_IN_MEMORY: Renames = (
+    (r"attention\.q_proj\.", "attention.self.query."),
+    (r"attention\.k_proj\.", "attention.self.key."),
+    (r"attention\.v_proj\.", "attention.self.value."),
+    (r"attention\.relative_position_bias\.", "attention.self."),
+    (r"attention\.o_proj\.", "attention.output.dense."),
+    (r"mlp\.fc1\.", "intermediate.dense."),
+    (r"mlp\.fc2\.", "output.dense."),
+)
+
 ARCHITECTURES = {
     architecture.model_type: architecture
     for architecture in (
@@ -138,6 +160,7 @@ ARCHITECTURES = {
             },
             positions_start_at_zero=True,
         ),
+        Architecture("swin", "Swin", _SWIN, renames=_SWIN_IN_MEMORY),
         Architecture("vit", "ViT", _IMAGES, renames=_IN_MEMORY),
         Architecture(
             "deit",

@@ -1,0 +1,437 @@
+"""Reversible Swin: the modules of the stock model under their Hub names, its layers coupled reversibly."""
+
+# mypy: disable-error-code="override,arg-type,union-attr,operator,assignment,return-value,misc"
+# Stock configurations type as optional what is always set, and module attributes as Tensor | Module.
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.modeling_outputs import BackboneOutput
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .blocks import (
+    Dense,
+    DropPath,
+    Encoder,
+    Layer,
+    PatchEmbeddings,
+    SelfAttention,
+    activation,
+    height_and_width,
+    masked,
+    resized_positions,
+)
+from .configuration_rev_swin import RevSwinConfig
+from .heads import (
+    ForImageClassification,
+    ForMaskedImageModeling,
+    StagedImageClassifierOutput,
+    StagedMaskedImageModelingOutput,
+    StagedModelOutput,
+)
+from .modeling_reversible import HiddenState, ReversiblePreTrainedModel, requested
+from .tape import Tape
+
+Grid = tuple[int, int]
+"""Rows and columns of patches."""
+
+
+class RevSwinPatchEmbeddings(PatchEmbeddings):
+    """Pads images to whole patches."""
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        height, width = (-size % patch for size, patch in zip(pixel_values.shape[2:], self.patch_size, strict=True))
+        return super().forward(nn.functional.pad(pixel_values, (0, width, 0, height)))
+
+
+class RevSwinEmbeddings(nn.Module):
+    """Patch embeddings, and optionally a mask token and absolute position embeddings."""
+
+    def __init__(self, config: RevSwinConfig, use_mask_token: bool = False):
+        super().__init__()
+        patch_embeddings = RevSwinPatchEmbeddings(config, config.embed_dim)
+        rows, columns = patch_embeddings.grid
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim)) if use_mask_token else None
+        self.position_embeddings = (
+            nn.Parameter(torch.zeros(1, rows * columns, config.embed_dim)) if config.use_absolute_embeddings else None
+        )
+        self.patch_embeddings = patch_embeddings
+        self.norm = nn.LayerNorm(config.embed_dim)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        grid: Grid,
+        bool_masked_pos: Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+    ) -> Tensor:
+        embeddings = self.norm(self.patch_embeddings(pixel_values))
+        if bool_masked_pos is not None:
+            embeddings = masked(embeddings, bool_masked_pos, self.mask_token)
+        if self.position_embeddings is not None:
+            embeddings = embeddings + self._positions(grid, interpolate_pos_encoding)
+        return self.dropout(embeddings)
+
+    def _positions(self, grid: Grid, interpolate: bool | None) -> Tensor:
+        own = self.patch_embeddings.grid
+        if grid == own:
+            return self.position_embeddings
+        if not interpolate:
+            raise ValueError(
+                f"the images have {grid[0]}x{grid[1]} patches, the model has positions for {own[0]}x{own[1]}: resize them, or "
+                "pass interpolate_pos_encoding=True."
+            )
+        return resized_positions(self.position_embeddings, own, grid)
+
+
+class RevSwinSelfAttention(SelfAttention):
+    """Within windows, with a learned bias for every relative position."""
+
+    def __init__(self, config: RevSwinConfig, width: int, heads: int):
+        super().__init__(config, width, heads)
+        self.window_size = config.window_size
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * self.window_size - 1) ** 2, heads))
+        self.relative_position_index = nn.Buffer(self.relative_positions(), persistent=False)
+
+    def relative_positions(self) -> Tensor:
+        """For every two patches of a window the row of the table, `(patches, patches)`."""
+        side = torch.arange(self.window_size)
+        rows, columns = (axis.flatten() for axis in torch.meshgrid(side, side, indexing="ij"))
+        apart = (axis[:, None] - axis[None, :] + self.window_size - 1 for axis in (rows, columns))
+        down, across = apart
+        return down * (2 * self.window_size - 1) + across
+
+    def forward(self, windows: Tensor, mask: Tensor | None, **kwargs) -> tuple[Tensor, Tensor | None]:
+        """`(images * windows, patches, width)`; `mask` of shape `(windows, patches, patches)` is added to the scores."""
+        bias = (
+            self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1).contiguous().unsqueeze(0)
+        )
+        if mask is not None:
+            images = windows.shape[0] // mask.shape[0]
+            bias = bias + mask[None, :, None].expand(images, -1, -1, -1, -1).flatten(0, 1)
+        return super().forward(windows, bias, **kwargs)
+
+
+class RevSwinRecordedSelfAttention(RevSwinSelfAttention):
+    """That of a stage's last layer, whose attention maps are the stage's."""
+
+
+class RevSwinAttention(nn.Module):
+    def __init__(self, config: RevSwinConfig, width: int, heads: int, recorded: bool):
+        super().__init__()
+        self.self = (RevSwinRecordedSelfAttention if recorded else RevSwinSelfAttention)(config, width, heads)
+        self.output = Dense(width, width, nn.Dropout(config.hidden_dropout_prob))
+
+    def forward(self, windows: Tensor, mask: Tensor | None, **kwargs) -> Tensor:
+        return self.output(self.self(windows, mask, **kwargs)[0])
+
+
+class RevSwinLayer(Layer):
+    """An attention step, in windows that every second layer shifts, and an MLP step. Pre-LN: the residual is the state itself.
+
+    As in the stock model, drop path acts on the attention step alone.
+    """
+
+    def __init__(
+        self, config: RevSwinConfig, width: int, heads: int, *, shifted: bool, drop_path: float, recorded: bool
+    ):
+        super().__init__()
+        self.window_size, self.shift_size = config.window_size, config.window_size // 2 if shifted else 0
+        self.attention = RevSwinAttention(config, width, heads, recorded)
+        self.layernorm_before = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.layernorm_after = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        inner = int(config.mlp_ratio * width)
+        self.intermediate = Dense(width, inner, activation(config.hidden_act))
+        self.output = Dense(inner, width, nn.Dropout(config.hidden_dropout_prob))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, hidden_states: Tensor, *, tape: Tape, always_partition: bool = False, **kwargs) -> Tensor:
+        """From one hidden state to the next, `(batch, patches, width)`; `tape.grid` says how many rows and columns.
+
+        Args:
+            always_partition: whether a grid no larger than a window is shifted, too, and a smaller one padded.
+
+        Raises:
+            ValueError: the grid is smaller than a window.
+        """
+        dtype, grid, window = tape.dtype, tape.grid, self.window_size
+        if min(grid) < window and not always_partition:
+            raise ValueError(
+                f"a stage has {grid[0]}x{grid[1]} patches, fewer than a window of window_size={window} on a side: give larger "
+                "images, or build the model with a smaller window_size or fewer stages."
+            )
+        shift = self.shift_size if always_partition or min(grid) > window else 0
+        padded = tuple(size + -size % window for size in grid)
+        mask = shift_mask(padded, window, shift, self.attention.self.relative_position_bias_table) if shift else None
+        attend = self.attention.self.attention_function()
+
+        def attention_step(state: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+            image = self.layernorm_before(state.to(dtype)).unflatten(1, grid)
+            image = nn.functional.pad(image, (0, 0, 0, padded[1] - grid[1], 0, padded[0] - grid[0]))
+            image = image.roll((-shift, -shift), (1, 2)) if shift else image
+            windows = self.attention(windows_of(image, window), mask, attend=attend, **kwargs)
+            image = image_of(windows, window, padded)
+            image = image.roll((shift, shift), (1, 2)) if shift else image
+            return state, self.drop_path(image[:, : grid[0], : grid[1]].flatten(1, 2))
+
+        def mlp_step(state: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+            return state, self.output(self.intermediate(self.layernorm_after(state.to(dtype))))
+
+        return tape.layer(self, (attention_step, mlp_step), hidden_states, (mask,))
+
+
+def windows_of(image: Tensor, window: int) -> Tensor:
+    """`(batch, rows, columns, width)` to `(batch * windows, patches, width)`."""
+    windows = image.unflatten(2, (-1, window)).unflatten(1, (-1, window))
+    return windows.transpose(2, 3).contiguous().flatten(3, 4).flatten(0, 2)
+
+
+def image_of(windows: Tensor, window: int, grid: Grid) -> Tensor:
+    """What :func:`windows_of` took apart."""
+    rows, columns = (size // window for size in grid)
+    image = windows.view(-1, rows, columns, window, window, windows.shape[-1]).transpose(2, 3).contiguous()
+    return image.view(-1, *grid, windows.shape[-1])
+
+
+def shift_mask(grid: Grid, window: int, shift: int, like: Tensor) -> Tensor:
+    """-100 between patches of a shifted window that are no neighbours in the image, `(windows, patches, patches)`, else 0."""
+    down, across = (torch.arange(size, device=like.device) for size in grid)
+    regions = (
+        (at >= size - window).int() + (at >= size - shift).int() for at, size in zip((down, across), grid, strict=True)
+    )
+    rows, columns = regions
+    found = windows_of((3 * rows[:, None] + columns)[None, :, :, None], window).squeeze(-1)
+    apart = found[:, None, :] != found[:, :, None]
+    return apart.to(like.dtype).mul(-100.0)
+
+
+class RevSwinPatchMerging(nn.Module):
+    """Four patches of a hidden state become one of twice the width; odd grids are padded."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
+        self.norm = nn.LayerNorm(4 * width)
+
+    def forward(self, hidden_states: Tensor, grid: Grid) -> Tensor:
+        image = hidden_states.unflatten(1, grid)
+        image = nn.functional.pad(image, (0, 0, 0, grid[1] % 2, 0, grid[0] % 2))
+        parts = [image[:, row::2, column::2] for column in range(2) for row in range(2)]
+        return self.reduction(self.norm(torch.cat(parts, dim=-1).flatten(1, 2)))
+
+
+def merged(grid: Grid) -> Grid:
+    """The grid that patch merging makes of one."""
+    return (grid[0] + 1) // 2, (grid[1] + 1) // 2
+
+
+class RevSwinStage(nn.Module):
+    def __init__(self, config: RevSwinConfig, stage: int):
+        super().__init__()
+        before, total = sum(config.depths[:stage]), sum(config.depths)
+        width, depth = config.embed_dim * 2**stage, config.depths[stage]
+        self.blocks = nn.ModuleList(
+            RevSwinLayer(
+                config,
+                width,
+                config.num_heads[stage],
+                shifted=i % 2 == 1,
+                drop_path=config.drop_path_rate * (before + i) / max(total - 1, 1),
+                recorded=i == depth - 1,
+            )
+            for i in range(depth)
+        )
+        self.downsample = RevSwinPatchMerging(width) if stage < len(config.depths) - 1 else None
+
+
+class RevSwinEncoder(Encoder):
+    def __init__(self, config: RevSwinConfig):
+        super().__init__(config)
+        self.layers = nn.ModuleList(RevSwinStage(config, stage) for stage in range(len(config.depths)))
+
+    def stages(self) -> list[nn.ModuleList]:
+        return [stage.blocks for stage in self.layers]
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        grid: Grid,
+        maps: list[Tensor] | None,
+        *,
+        tape: Tape,
+        output_hidden_states_before_downsampling: bool = False,
+        **kwargs,
+    ) -> Tensor:
+        """As in :class:`~blocks.Encoder`, with patches merged between stages; hidden states are recorded for each stage.
+
+        Args:
+            maps: becomes the embeddings and the hidden state of every stage as `(batch, width, rows, columns)`.
+            output_hidden_states_before_downsampling: whether those are from before patches are merged.
+        """
+        tape.grid = grid
+        output, hidden_states = embeddings, tape.start(embeddings)
+        found = [map_of(embeddings, grid)]
+        for stage in self.layers:
+            for layer in stage.blocks:
+                hidden_states = layer(hidden_states, tape=tape, **kwargs)
+            before, output = output, tape.finish(hidden_states)
+            found.append(map_of(output, tape.grid))
+            if stage.downsample is not None:
+                output = hidden_states = tape.stage(stage.downsample(output, tape.grid))
+                tape.grid = merged(tape.grid)
+                if not output_hidden_states_before_downsampling:
+                    found[-1] = map_of(output, tape.grid)
+            self.hidden_state(before, output)
+        if maps is not None:
+            maps[:] = (found_map.contiguous() for found_map in found)
+        return output
+
+
+def map_of(hidden_states: Tensor, grid: Grid) -> Tensor:
+    return hidden_states.unflatten(1, grid).permute(0, 3, 1, 2)
+
+
+class RevSwinPreTrainedModel(ReversiblePreTrainedModel):
+    config: RevSwinConfig
+    config_class = RevSwinConfig
+    base_model_prefix = "swin"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    auto_map = {
+        "AutoConfig": "configuration_rev_swin.RevSwinConfig",
+        "AutoModel": "modeling_rev_swin.RevSwinModel",
+        "AutoModelForImageClassification": "modeling_rev_swin.RevSwinForImageClassification",
+        "AutoModelForMaskedImageModeling": "modeling_rev_swin.RevSwinForMaskedImageModeling",
+        "AutoBackbone": "modeling_rev_swin.RevSwinBackbone",
+    }
+    _supports_flash_attn = False  # neither takes the learned bias of positions
+    _supports_flex_attn = False
+    _no_split_modules = ["RevSwinEmbeddings", "RevSwinLayer"]
+    _keys_to_ignore_on_load_unexpected = [r"relative_position_index"]
+    _can_record_outputs = {"hidden_states": HiddenState, "attentions": RevSwinRecordedSelfAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, RevSwinEmbeddings):
+            for parameter in (module.mask_token, module.position_embeddings):
+                if parameter is not None:
+                    init.zeros_(parameter)
+        elif isinstance(module, RevSwinSelfAttention):
+            init.zeros_(module.relative_position_bias_table)
+            init.copy_(module.relative_position_index, module.relative_positions())
+
+
+class RevSwinModel(RevSwinPreTrainedModel):
+    """[`SwinModel`] with reversible layers."""
+
+    def __init__(self, config: RevSwinConfig, add_pooling_layer: bool = True, use_mask_token: bool = False):
+        super().__init__(config)
+        self.embeddings = RevSwinEmbeddings(config, use_mask_token=use_mask_token)
+        self.encoder = RevSwinEncoder(config)
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.pooler = nn.AdaptiveAvgPool1d(1) if add_pooling_layer else None
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.patch_embeddings
+
+    def grid_of(self, size: tuple[int, int]) -> Grid:
+        """The grid of patches of images of `size` pixels."""
+        rows, columns = (
+            -(-pixels // patch) for pixels, patch in zip(size, height_and_width(self.config.patch_size), strict=True)
+        )
+        return rows, columns
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        bool_masked_pos: Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        **kwargs,
+    ) -> StagedModelOutput:
+        """`(batch, channels, height, width)` images of any size in, `(batch, patches of the last stage, width)` states out.
+
+        Raises:
+            ValueError: no images are given, they have another number of channels than the model was built for, or a stage has
+                fewer patches than a window.
+        """
+        if pixel_values is None:
+            raise ValueError("You have to specify pixel_values")
+        grid = self.grid_of(pixel_values.shape[2:])
+        embeddings = self.embeddings(
+            pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype),
+            grid,
+            bool_masked_pos=bool_masked_pos,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+        )
+        maps: list[Tensor] | None = [] if requested("output_hidden_states", self.config, kwargs) else None
+        sequence_output = self.layernorm(self.encode(embeddings, grid, maps, **kwargs))
+        pooled_output = None if self.pooler is None else self.pooler(sequence_output.transpose(1, 2)).flatten(1)
+        return StagedModelOutput(
+            last_hidden_state=sequence_output,
+            pooler_output=pooled_output,
+            reshaped_hidden_states=None if maps is None else tuple(maps),
+        )
+
+
+class RevSwinForImageClassification(ForImageClassification, RevSwinPreTrainedModel):
+    """[`SwinForImageClassification`] with reversible layers."""
+
+    base_class = RevSwinModel
+    base_options = {}
+    output_class = StagedImageClassifierOutput
+
+    def logits(self, outputs: StagedModelOutput) -> Tensor:
+        return self.classifier(outputs.pooler_output)
+
+
+class RevSwinForMaskedImageModeling(ForMaskedImageModeling, RevSwinPreTrainedModel):
+    """[`SwinForMaskedImageModeling`] (SimMIM) with reversible layers."""
+
+    base_class = RevSwinModel
+    output_class = StagedMaskedImageModelingOutput
+
+    def feature_map(self, outputs: StagedModelOutput, size: tuple[int, int]) -> Tensor:
+        grid = self.swin.grid_of(size)
+        for _ in self.config.depths[1:]:
+            grid = merged(grid)
+        return map_of(outputs.last_hidden_state, grid)
+
+
+class RevSwinBackbone(BackboneMixin, RevSwinPreTrainedModel):
+    """[`SwinBackbone`] with reversible layers: feature maps of the stages in `out_features`, as for detectors.
+
+    As in the stock model, windows are shifted also where a stage is no larger than one.
+    """
+
+    _keys_to_ignore_on_load_missing = [r"swin\.layernorm\."]
+
+    def __init__(self, config: RevSwinConfig):
+        super().__init__(config)
+        self.num_features = [config.embed_dim, *(config.embed_dim * 2**stage for stage in range(len(config.depths)))]
+        self.swin = RevSwinModel(config, add_pooling_layer=False)
+        self.hidden_states_norms = nn.ModuleDict(
+            {stage: nn.LayerNorm(width) for stage, width in zip(self.out_features, self.channels, strict=True)}
+        )
+        self.post_init()
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(self, pixel_values: Tensor, **kwargs) -> BackboneOutput:
+        """`feature_maps` of shape `(batch, width, rows, columns)`, one for each of `out_features`."""
+        outputs = self.swin(
+            pixel_values, always_partition=True, output_hidden_states_before_downsampling=True, **kwargs
+        )
+        feature_maps = tuple(
+            self.hidden_states_norms[stage](found.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2).contiguous()
+            for stage, found in zip(self.stage_names, outputs.reshaped_hidden_states, strict=True)
+            if stage in self.out_features
+        )
+        return BackboneOutput(
+            feature_maps=feature_maps, hidden_states=outputs.reshaped_hidden_states, attentions=outputs.attentions
+        )
