@@ -37,7 +37,6 @@ class PatchEmbeddings(nn.Module):
         self.projection = nn.Conv2d(config.num_channels, width, kernel_size=self.patch_size, stride=self.patch_size)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        check_channels(pixel_values, self.projection.in_channels)
         return self.projection(pixel_values).flatten(2).transpose(1, 2)
 
 

@@ -18,6 +18,7 @@ from .blocks import (
     PatchEmbeddings,
     SelfAttention,
     activation,
+    check_channels,
     height_and_width,
     masked,
     resized_positions,
@@ -362,6 +363,7 @@ class RevSwinModel(RevSwinPreTrainedModel):
         """
         if pixel_values is None:
             raise ValueError("You have to specify pixel_values")
+        check_channels(pixel_values, self.config.num_channels)
         grid = self.grid_of(pixel_values.shape[2:])
         embeddings = self.embeddings(
             pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype),

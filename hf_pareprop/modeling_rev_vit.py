@@ -10,7 +10,17 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .blocks import Dense, Encoder, Layer, PatchEmbeddings, SelfAttention, activation, masked, resized_positions
+from .blocks import (
+    Dense,
+    Encoder,
+    Layer,
+    PatchEmbeddings,
+    SelfAttention,
+    activation,
+    check_channels,
+    masked,
+    resized_positions,
+)
 from .configuration_rev_vit import RevViTConfig
 from .heads import ForImageClassification, ForMaskedImageModeling
 from .modeling_reversible import HiddenState, ReversiblePreTrainedModel
@@ -41,6 +51,7 @@ class RevViTEmbeddings(nn.Module):
         bool_masked_pos: Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
     ) -> Tensor:
+        check_channels(pixel_values, self.patch_embeddings.projection.in_channels)
         batch, _, *size = pixel_values.shape
         expected = self.patch_embeddings.image_size
         if not interpolate_pos_encoding and tuple(size) != expected:
