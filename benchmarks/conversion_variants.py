@@ -4,8 +4,8 @@ import types
 
 from torch import Tensor, nn
 
+from hf_pareprop.blocks import apply_norm
 from hf_pareprop.layer_call import named_parameters_of
-from hf_pareprop.modeling_rev_roberta import apply_norm
 from hf_pareprop.tape import Tape
 
 

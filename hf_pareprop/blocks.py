@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .layer_call import named_parameters_of
 from .modeling_reversible import HiddenState, requested
 from .tape import Tape
 
@@ -142,6 +144,21 @@ class Dense(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return self.then(self.dense(hidden_states))
+
+
+def apply_norm(module: nn.Module | None, parameters: Sequence[Tensor], state: Tensor) -> Tensor:
+    """`module`, with `parameters` for its own, applied to `state`; before the first layer there is none."""
+    if module is None:
+        return state
+    if torch.jit.is_tracing():  # which functional_call refuses
+        return module(state)
+    names = named_parameters_of(module)
+    if len(names) != len(parameters):
+        raise RuntimeError(
+            f"the LayerNorm that ends a layer had {len(parameters)} parameters in its layer and has {len(names)} in the "
+            "next one, which applies it: FSDP1 and ZeRO-3 take parameters away where a layer ends. Use FSDP2 or ZeRO-2."
+        )
+    return functional_call(module, dict(zip(names, parameters, strict=True)), (state,))
 
 
 class DropPath(nn.Module):

@@ -2,18 +2,15 @@
 
 # mypy: disable-error-code="override,arg-type,union-attr,operator,assignment"
 # Stock configurations type as optional what is always set, and module attributes as Tensor | Module.
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .blocks import Dense, Encoder, Layer, SelfAttention, activation
+from .blocks import Dense, Encoder, Layer, SelfAttention, activation, apply_norm
 from .configuration_rev_roberta import RevRobertaConfig
 from .heads import (
     ForMaskedLM,
@@ -139,21 +136,6 @@ class RevRobertaLayer(Layer):
             return self.output(self.intermediate(hidden_states))
         chunks = hidden_states.split(self.chunk_size, dim=1)
         return torch.cat([self.output(self.intermediate(chunk)) for chunk in chunks], dim=1)
-
-
-def apply_norm(module: nn.Module | None, parameters: Sequence[Tensor], state: Tensor) -> Tensor:
-    """`module`, with `parameters` for its own, applied to `state`; before the first layer there is none."""
-    if module is None:
-        return state
-    if torch.jit.is_tracing():  # which functional_call refuses
-        return module(state)
-    names = named_parameters_of(module)
-    if len(names) != len(parameters):
-        raise RuntimeError(
-            f"the LayerNorm that ends a RoBERTa layer had {len(parameters)} parameters in its layer and has {len(names)} in the "
-            "next one, which applies it: FSDP1 and ZeRO-3 take parameters away where a layer ends. Use FSDP2 or ZeRO-2."
-        )
-    return functional_call(module, dict(zip(names, parameters, strict=True)), (state,))
 
 
 class RevRobertaEncoder(Encoder):
