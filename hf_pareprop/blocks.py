@@ -75,6 +75,11 @@ def resized_positions(positions: Tensor, grid: Sequence[int], size: Sequence[int
     return planes.permute(0, 2, 3, 1).flatten(1, 2)
 
 
+def map_of(hidden_states: Tensor, grid: Sequence[int]) -> Tensor:
+    """Hidden states `(batch, patches, width)` of a grid as `(batch, width, rows, columns)`."""
+    return hidden_states.unflatten(1, tuple(grid)).permute(0, 3, 1, 2)
+
+
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     weights = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
@@ -174,6 +179,18 @@ class DropPath(nn.Module):
         keep = 1 - self.drop_prob
         shape = (branch.shape[0],) + (1,) * (branch.dim() - 1)
         return branch.div(keep) * torch.rand(shape, dtype=branch.dtype, device=branch.device).add(keep).floor()
+
+
+class Pooler(nn.Module):
+    """Reads the first token of `(batch, length, width)` states."""
+
+    def __init__(self, width: int, pooled_width: int, act: Any):
+        super().__init__()
+        self.dense = nn.Linear(width, pooled_width)
+        self.activation = activation(act)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.activation(self.dense(hidden_states[:, 0]))
 
 
 class Layer(nn.Module):

@@ -7,7 +7,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_outputs import (
+    BackboneOutput,
     BaseModelOutputWithPooling,
     ImageClassifierOutput,
     MaskedImageModelingOutput,
@@ -361,3 +363,38 @@ class ForMaskedImageModeling(Head):
         mask = mask.repeat_interleave(patch[0], 1).repeat_interleave(patch[1], 2).unsqueeze(1)
         error = nn.functional.l1_loss(pixel_values, reconstruction, reduction="none")
         return (error * mask).sum() / (mask.sum() + 1e-5) / config.num_channels
+
+
+class Backbone(BackboneMixin, ReversiblePreTrainedModel):
+    """Feature maps of the stages in `out_features`, as for detectors.
+
+    Attributes:
+        base_class: of the base model.
+        base_arguments: with which the base model is called.
+    """
+
+    base_class: ClassVar[Any]
+    base_arguments: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.num_features = [config.embed_dim, *(config.embed_dim * 2**stage for stage in range(len(config.depths)))]
+        setattr(self, self.base_model_prefix, self.base_class(config, add_pooling_layer=False))
+        self.hidden_states_norms = nn.ModuleDict(
+            {stage: nn.LayerNorm(width) for stage, width in zip(self.out_features, self.channels, strict=True)}
+        )
+        self.post_init()
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(self, pixel_values: Tensor, **kwargs) -> BackboneOutput:
+        """`feature_maps` of shape `(batch, width, rows, columns)`, one for each of `out_features`."""
+        outputs = self.base_model(pixel_values, **self.base_arguments, **kwargs)
+        feature_maps = tuple(
+            self.hidden_states_norms[stage](found.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2).contiguous()
+            for stage, found in zip(self.stage_names, outputs.reshaped_hidden_states, strict=True)
+            if stage in self.out_features
+        )
+        return BackboneOutput(
+            feature_maps=feature_maps, hidden_states=outputs.reshaped_hidden_states, attentions=outputs.attentions
+        )

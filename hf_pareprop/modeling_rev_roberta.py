@@ -10,7 +10,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .blocks import Dense, Encoder, Layer, SelfAttention, activation, apply_norm
+from .blocks import Dense, Encoder, Layer, Pooler, SelfAttention, activation, apply_norm
 from .configuration_rev_roberta import RevRobertaConfig
 from .heads import (
     ForMaskedLM,
@@ -143,16 +143,6 @@ class RevRobertaEncoder(Encoder):
         return apply_norm(*tape.norm, tape.finish(hidden_states))
 
 
-class RevRobertaPooler(nn.Module):
-    def __init__(self, config: RevRobertaConfig):
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.activation = nn.Tanh()
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.activation(self.dense(hidden_states[:, 0]))
-
-
 class RevRobertaPreTrainedModel(ReversiblePreTrainedModel):
     config: RevRobertaConfig
     config_class = RevRobertaConfig
@@ -183,7 +173,7 @@ class RevRobertaModel(RevRobertaPreTrainedModel):
         super().__init__(config)
         self.embeddings = RevRobertaEmbeddings(config)
         self.encoder = RevRobertaEncoder(config, RevRobertaLayer)
-        self.pooler = RevRobertaPooler(config) if add_pooling_layer else None
+        self.pooler = Pooler(config.hidden_size, config.hidden_size, "tanh") if add_pooling_layer else None
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:

@@ -5,9 +5,7 @@
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
-from transformers.modeling_outputs import BackboneOutput
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .blocks import (
@@ -20,11 +18,13 @@ from .blocks import (
     activation,
     check_channels,
     height_and_width,
+    map_of,
     masked,
     resized_positions,
 )
 from .configuration_rev_swin import RevSwinConfig
 from .heads import (
+    Backbone,
     ForImageClassification,
     ForMaskedImageModeling,
     StagedImageClassifierOutput,
@@ -263,10 +263,6 @@ class RevSwinEncoder(Encoder):
         return output
 
 
-def map_of(hidden_states: Tensor, grid: Grid) -> Tensor:
-    return hidden_states.unflatten(1, grid).permute(0, 3, 1, 2)
-
-
 class RevSwinPreTrainedModel(ReversiblePreTrainedModel):
     config: RevSwinConfig
     config_class = RevSwinConfig
@@ -378,35 +374,9 @@ class RevSwinForMaskedImageModeling(ForMaskedImageModeling, RevSwinPreTrainedMod
         return map_of(outputs.last_hidden_state, grid)
 
 
-class RevSwinBackbone(BackboneMixin, RevSwinPreTrainedModel):
-    """[`SwinBackbone`] with reversible layers: feature maps of the stages in `out_features`, as for detectors.
+class RevSwinBackbone(Backbone, RevSwinPreTrainedModel):
+    """[`SwinBackbone`] with reversible layers. As there, windows are shifted also where a stage is no larger than one."""
 
-    As in the stock model, windows are shifted also where a stage is no larger than one.
-    """
-
+    base_class = RevSwinModel
+    base_arguments = {"always_partition": True, "output_hidden_states_before_downsampling": True}
     _keys_to_ignore_on_load_missing = [r"swin\.layernorm\."]
-
-    def __init__(self, config: RevSwinConfig):
-        super().__init__(config)
-        self.num_features = [config.embed_dim, *(config.embed_dim * 2**stage for stage in range(len(config.depths)))]
-        self.swin = RevSwinModel(config, add_pooling_layer=False)
-        self.hidden_states_norms = nn.ModuleDict(
-            {stage: nn.LayerNorm(width) for stage, width in zip(self.out_features, self.channels, strict=True)}
-        )
-        self.post_init()
-
-    @can_return_tuple
-    @filter_output_hidden_states
-    def forward(self, pixel_values: Tensor, **kwargs) -> BackboneOutput:
-        """`feature_maps` of shape `(batch, width, rows, columns)`, one for each of `out_features`."""
-        outputs = self.swin(
-            pixel_values, always_partition=True, output_hidden_states_before_downsampling=True, **kwargs
-        )
-        feature_maps = tuple(
-            self.hidden_states_norms[stage](found.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2).contiguous()
-            for stage, found in zip(self.stage_names, outputs.reshaped_hidden_states, strict=True)
-            if stage in self.out_features
-        )
-        return BackboneOutput(
-            feature_maps=feature_maps, hidden_states=outputs.reshaped_hidden_states, attentions=outputs.attentions
-        )

@@ -15,6 +15,7 @@ from .blocks import (
     Encoder,
     Layer,
     PatchEmbeddings,
+    Pooler,
     SelfAttention,
     activation,
     check_channels,
@@ -111,16 +112,6 @@ class RevViTLayer(Layer):
         return tape.layer(self, (attention_step, mlp_step), hidden_states, (attention_mask,))
 
 
-class RevViTPooler(nn.Module):
-    def __init__(self, config: RevViTConfig):
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.pooler_output_size)
-        self.activation = activation(config.pooler_act)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.activation(self.dense(hidden_states[:, 0]))
-
-
 class RevViTPreTrainedModel(ReversiblePreTrainedModel):
     config: RevViTConfig
     config_class = RevViTConfig
@@ -155,7 +146,9 @@ class RevViTModel(RevViTPreTrainedModel):
         self.embeddings = RevViTEmbeddings(config, use_mask_token=use_mask_token)
         self.encoder = Encoder(config, RevViTLayer)
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.pooler = RevViTPooler(config) if add_pooling_layer else None
+        self.pooler = (
+            Pooler(config.hidden_size, config.pooler_output_size, config.pooler_act) if add_pooling_layer else None
+        )
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
