@@ -1,0 +1,197 @@
+"""Do reversible models trained from scratch end as good as plain ones? ViT, Swin and MViT on Fashion-MNIST.
+
+    python benchmarks/convergence.py [--families vit swin mvit] [--seeds 3] [--epochs 15] [--images 12000] [--jobs 2]
+
+Every model is trained at beta 1 with the engine pareprop, and once more at beta 0, where it is the plain model bit for bit:
+from the same weights, on the same batches, for the same number of steps. Each training is a process of its own on one
+thread. Results are written after each, and trainings that the JSON file already holds are not run again.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import matplotlib.pyplot as plt
+from measure import emit, run_child
+
+from hf_pareprop.tools.records import cpu_model, save, software
+
+Job = dict[str, Any]
+
+FAMILIES = ("vit", "swin", "mvit")
+SIZE = 32
+"""Pixels of a side: 28, and two of padding on each side, so that every grid of patches can be halved."""
+
+FIELDS: dict[str, dict[str, Any]] = {
+    "vit": dict(patch_size=4, hidden_size=64, num_hidden_layers=8, num_attention_heads=4, intermediate_size=128),
+    "swin": dict(patch_size=4, embed_dim=48, depths=[2, 6], num_heads=[3, 6], window_size=4, mlp_ratio=2.0),
+    "mvit": dict(embed_dim=32, depths=[1, 2, 5], num_heads=1, mlp_ratio=2.0),
+}
+CLASSES = {"vit": "RevViT", "swin": "RevSwin", "mvit": "RevMViT"}
+CURVE_ROWS = 2000
+"""Of the test split, after every epoch but the last, which is tested on all 10,000."""
+
+BATCH, LEARNING_RATE, WEIGHT_DECAY, WARM_UP = 128, 1e-3, 0.05, 0.1
+
+
+def jobs_of(args: argparse.Namespace) -> Iterator[Job]:
+    """Seed by seed, so that whatever has been done so far is a smaller study."""
+    for seed in range(42, 42 + args.seeds):
+        for family in args.families:
+            for beta in (1.0, 0.0):
+                yield {"family": family, "beta": beta, "seed": seed, "epochs": args.epochs, "images": args.images}
+
+
+def child(job: Job) -> None:
+    """Train one model; emits the accuracy on the test split after every epoch, and the training losses."""
+    import sys
+
+    import torch
+    from torch.nn.functional import pad
+
+    import hf_pareprop as hp
+
+    sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+    import assets
+
+    torch.set_num_threads(1)
+    began = time.perf_counter()
+    data = assets.fashion_mnist().with_format("torch")
+
+    def split(name: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = data[name].shuffle(seed=0).select(range(min(count, len(data[name]))))[:]
+        return pad(rows["pixel_values"], [2] * 4) * 2 - 1, rows["label"]
+
+    images, labels = split("train", job["images"])
+    test_images, test_labels = split("test", 10_000)
+    name = CLASSES[job["family"]]
+    config = getattr(hp, f"{name}Config")(
+        image_size=SIZE,
+        num_channels=1,
+        num_labels=10,
+        beta=job["beta"],
+        backward_engine="pareprop" if job["beta"] else "autograd",
+        **FIELDS[job["family"]],
+    )
+    torch.manual_seed(job["seed"])
+    model = getattr(hp, f"{name}ForImageClassification")(config)
+    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    steps = job["epochs"] * (len(images) // BATCH)
+    warm_up = int(WARM_UP * steps)
+    schedule = torch.optim.lr_scheduler.SequentialLR(
+        optimizer,
+        [
+            torch.optim.lr_scheduler.LinearLR(optimizer, 1 / max(1, warm_up), total_iters=warm_up),
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps - warm_up),
+        ],
+        [warm_up],
+    )
+    curve, losses = [], []
+    for epoch in range(job["epochs"]):
+        model.train()
+        total = 0.0
+        for rows in torch.randperm(len(images))[: len(images) // BATCH * BATCH].split(BATCH):
+            loss = model(images[rows], labels=labels[rows]).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            total += loss.item() * BATCH
+        losses.append(round(total / (len(images) // BATCH * BATCH), 4))
+        model.eval()
+        rows = len(test_images) if epoch == job["epochs"] - 1 else CURVE_ROWS
+        with torch.no_grad():
+            found = torch.cat([model(part).logits.argmax(-1) for part in test_images[:rows].split(500)])
+        curve.append((found == test_labels[:rows]).double().mean().item())
+    parameters = sum(p.numel() for p in model.parameters())
+    emit(curve=curve, losses=losses, parameters=parameters, seconds=round(time.perf_counter() - began, 1))
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Accuracy after the last epoch, in per cent, for every family: means over seeds, and the difference seed by seed."""
+    lines = [
+        "| family | parameters | seeds | plain | reversible, beta 1 | difference, seed by seed |",
+        "|---|---|---|---|---|---|",
+    ]
+    for family in dict.fromkeys(r["family"] for r in results):
+        ends = {
+            beta: {r["seed"]: 100 * r["curve"][-1] for r in results if (r["family"], r["beta"]) == (family, beta)}
+            for beta in (0.0, 1.0)
+        }
+        seeds = sorted(ends[0.0].keys() & ends[1.0].keys())
+        if not seeds:
+            continue
+        plain, reversible = (statistics.mean(ends[beta][seed] for seed in seeds) for beta in (0.0, 1.0))
+        differences = ", ".join(f"{ends[1.0][seed] - ends[0.0][seed]:+.2f}" for seed in seeds)
+        parameters = next(r["parameters"] for r in results if r["family"] == family)
+        lines.append(f"| {family} | {parameters:,} | {len(seeds)} | {plain:.2f} | {reversible:.2f} | {differences} |")
+    return "\n".join(lines)
+
+
+def plot(results: Sequence[Mapping[str, Any]]) -> Any:
+    """Learning curves: test accuracy by epoch, a line for every seed."""
+    families = list(dict.fromkeys(r["family"] for r in results))
+    figure, axes = plt.subplots(1, len(families), figsize=(4 * len(families), 3.4), squeeze=False, sharey=True)
+    for axis, family in zip(axes[0], families, strict=True):
+        for beta, colour, name in ((0.0, "0.45", "plain"), (1.0, "tab:blue", "reversible, beta 1")):
+            runs = [r for r in results if (r["family"], r["beta"]) == (family, beta)]
+            for i, run in enumerate(runs):
+                epochs = range(1, len(run["curve"]) + 1)
+                axis.plot(epochs, [100 * a for a in run["curve"]], color=colour, lw=1, label=None if i else name)
+        axis.set_title(family)
+        axis.set_xlabel("epoch")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("test accuracy, %")
+    axes[0][0].legend()
+    figure.tight_layout()
+    return figure
+
+
+def key(job: Mapping[str, Any]) -> str:
+    return json.dumps([job[name] for name in ("family", "beta", "seed", "epochs", "images")])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--seeds", type=int, default=3, help="how many, counted up from 42")
+    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--images", type=int, default=12_000, help="of the 60,000 of the training split")
+    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, one thread each")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="directory of the results")
+    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    if args.child:
+        return child(args.child)
+    path = args.out / "convergence.json"
+    args.out.mkdir(parents=True, exist_ok=True)
+    results: list[Job] = json.loads(path.read_text())["results"] if path.exists() else []
+    done, lock = {key(result) for result in results}, Lock()
+    about = {"device": f"{cpu_model()}, one thread per training", **software()}
+
+    def work(job: Job) -> None:
+        events, error = run_child(Path(__file__), job, {"OMP_NUM_THREADS": "1"})
+        if error or not events:
+            raise SystemExit(f"{job} failed: {error}")
+        with lock:
+            results.append({**job, **events[-1]})
+            whole = json.dumps({**about, "results": results}, indent=1) + "\n"
+            save(path, lambda file: file.write_text(whole))
+            print(f"{job}: {100 * events[-1]['curve'][-1]:.2f} % after {events[-1]['seconds']:.0f} s", flush=True)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for _ in pool.map(work, [job for job in jobs_of(args) if key(job) not in done]):
+            pass
+    print(table(results))
+    save(args.out / "convergence.png", lambda file: plot(results).savefig(file, dpi=110, format="png"))
+
+
+if __name__ == "__main__":
+    main()
