@@ -235,9 +235,12 @@ class RevMViTConfig(ReversibleConfig):
         args, fields = dict(config_dict.get("model_args") or {}), {"timm_pretrained_cfg": cfg or None}
         channels, *size = cfg.get("input_size") or (3, 224, 224)
         size = args.pop("img_size", size)
+        labels = config_dict.get("num_classes", args.pop("num_classes", cfg.get("num_classes", 1000)))
         rows, columns = (size, size) if isinstance(size, int) else size
         if rows != columns:
-            raise ValueError(f"the checkpoint is for images of {rows}x{columns} pixels, a reversible MViT takes square ones.")
+            raise ValueError(
+                f"the checkpoint is for images of {rows}x{columns} pixels, a reversible MViT takes square ones."
+            )
         fields |= {"image_size": rows, "num_channels": channels}
         fields |= {field: args.pop(name) for name, field in FROM_MODEL_ARGS.items() if name in args}
         pool = "token" if ARCHITECTURES[architecture]["use_cls_token"] else "avg"
@@ -246,10 +249,11 @@ class RevMViTConfig(ReversibleConfig):
                 f"the checkpoint was made with model_args={config_dict['model_args']}, of which a reversible MViT takes img_size, "
                 f"{', '.join(FROM_MODEL_ARGS)} alone, and global_pool={pool!r}."
             )
-        labels = config_dict.get("num_classes", cfg.get("num_classes", 1000))
         names = config_dict.get("label_names")
         if names and len(names) == labels:
-            fields["id2label"] = {int(i): name for i, name in (names.items() if isinstance(names, dict) else enumerate(names))}
+            fields["id2label"] = {
+                int(i): name for i, name in (names.items() if isinstance(names, dict) else enumerate(names))
+            }
         else:
             fields["num_labels"] = labels
         rest = {name: value for name, value in config_dict.items() if name not in TIMM_KEYS}

@@ -3,6 +3,8 @@
 # mypy: disable-error-code="override,arg-type,union-attr,operator,assignment"
 # Stock configurations type as optional what is always set, and module attributes as Tensor | Module.
 from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,9 +44,12 @@ class RevMViTPatchEmbeddings(nn.Module):
         return self.proj(pixel_values.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
 
 
-def feature_map(patches: Tensor, grid: Grid) -> Tensor:
-    """Patches `(batch, patches, width)` as `(batch, width, rows, columns)`."""
-    return patches.reshape(-1, *grid, patches.shape[-1]).permute(0, 3, 1, 2).contiguous()
+def pooled(states: Tensor, prefix_length: int, grid: Grid, pool: Callable[[Tensor], Tensor]) -> tuple[Tensor, Grid]:
+    """Patches `(..., patches, width)` pooled to a coarser grid, and that grid. A CLS token before them stays as it is."""
+    prefix, patches = states[..., :prefix_length, :], states[..., prefix_length:, :]
+    planes = pool(patches.reshape(-1, *grid, states.shape[-1]).permute(0, 3, 1, 2).contiguous())
+    patches = planes.reshape(*states.shape[:-2], states.shape[-1], -1).transpose(-1, -2)
+    return torch.cat((prefix, patches), dim=-2) if prefix_length else patches, tuple(planes.shape[2:])
 
 
 def distances(queries: int, keys: int, device: torch.device) -> Tensor:
@@ -81,22 +86,14 @@ class RevMViTAttention(nn.Module):
         batch, length, _ = hidden_states.shape
         qkv = self.qkv(hidden_states).reshape(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         query, key, value = qkv.unbind(dim=0)
-        query, query_grid = self._pooled(query, grid, self.pool_q, self.norm_q)
-        key, key_grid = self._pooled(key, grid, self.pool_k, self.norm_k)
-        value, _ = self._pooled(value, grid, self.pool_v, self.norm_v)
+        query, query_grid = pooled(query, self.prefix_length, grid, self.pool_q)
+        key, key_grid = pooled(key, self.prefix_length, grid, self.pool_k)
+        value, _ = pooled(value, self.prefix_length, grid, self.pool_v)
+        query, key, value = self.norm_q(query), self.norm_k(key), self.norm_v(value)
         scores = (query * self.scaling) @ key.transpose(-2, -1)
         weights = self._with_positions(scores, query, query_grid, key_grid).softmax(dim=-1)
         context = weights @ value + query
         return self.proj(context.transpose(1, 2).reshape(batch, -1, self.width)), weights
-
-    def _pooled(self, states: Tensor, grid: Grid, pool: nn.Module, norm: nn.Module) -> tuple[Tensor, Grid]:
-        """`(batch, heads, patches, size)` pooled to a coarser grid, and that grid. A CLS token stays."""
-        prefix, patches = states[:, :, : self.prefix_length], states[:, :, self.prefix_length :]
-        pooled = pool(feature_map(patches, grid))
-        patches = pooled.reshape(-1, self.heads, pooled.shape[1], pooled.shape[2:].numel()).transpose(2, 3)
-        if self.prefix_length:
-            patches = torch.cat((prefix, patches), dim=2)
-        return norm(patches), tuple(pooled.shape[2:])
 
     def _with_positions(self, scores: Tensor, query: Tensor, query_grid: Grid, key_grid: Grid) -> Tensor:
         """Scores of queries and keys, plus the products of queries with embeddings of their distance."""
@@ -116,18 +113,6 @@ class RevMViTAttention(nn.Module):
         return torch.cat((scores[:, :, :start], placed), dim=2)
 
 
-class RevMViTMLP(nn.Module):
-    def __init__(self, config: RevMViTConfig, shape: BlockShape):
-        super().__init__()
-        width = int(shape.width * config.mlp_ratio)
-        self.fc1 = nn.Linear(shape.width, width)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(width, shape.width_out)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(hidden_states)))
-
-
 class RevMViTLayer(Layer):
     """An attention step and an MLP step. Pre-LN: the residual is the state itself, pooled or projected in a transition."""
 
@@ -135,44 +120,37 @@ class RevMViTLayer(Layer):
         super().__init__()
         self.changes_shape, self.stride = shape.is_transition, shape.stride
         self.prefix_length, self.drop_path_rate = int(config.use_cls_token), drop_path_rate
-        widens = shape.width_in != shape.width_out
+        self.shortcut_pool = partial(nn.functional.max_pool2d, kernel_size=3, stride=shape.stride, padding=1)
+        widening = nn.Linear(shape.width_in, shape.width_out) if shape.width_in != shape.width_out else None
         self.norm1 = nn.LayerNorm(shape.width_in, eps=config.layer_norm_eps)
-        self.shortcut_proj_attn = (
-            nn.Linear(shape.width_in, shape.width_out) if widens and config.expand_attn else None
-        )
+        self.shortcut_proj_attn = widening if config.expand_attn else None
         self.attn = RevMViTAttention(config, shape)
         self.norm2 = nn.LayerNorm(shape.width, eps=config.layer_norm_eps)
-        self.shortcut_proj_mlp = (
-            nn.Linear(shape.width_in, shape.width_out) if widens and not config.expand_attn else None
-        )
-        self.mlp = RevMViTMLP(config, shape)
+        self.shortcut_proj_mlp = None if config.expand_attn else widening
+        inner = int(shape.width * config.mlp_ratio)
+        layers = {"fc1": nn.Linear(shape.width, inner), "act": nn.GELU(), "fc2": nn.Linear(inner, shape.width_out)}
+        self.mlp = nn.Sequential(OrderedDict(layers))
 
     def forward(self, hidden_states: Tensor, *, tape: Tape, **kwargs) -> Tensor:
         """From one hidden state to the next, `(batch, patches, width)`; `tape` carries what travels beside it."""
-        grid = tape.grid
-        dtype = None if self.changes_shape else tape.dtype  # a transition takes its state in the dtype that it comes in
+        grid, dtype = tape.grid, tape.dtype
 
         def attention_step(state: Tensor) -> tuple[Tensor, Tensor]:
             normed = self.norm1(state.to(dtype))
             residual = state if self.shortcut_proj_attn is None else self.shortcut_proj_attn(normed)
-            return self._pooled(residual, grid), self._drop_path(self.attn(normed, grid)[0])
+            if self.stride > 1:
+                residual, _ = pooled(residual, self.prefix_length, grid, self.shortcut_pool)
+            return residual, self._drop_path(self.attn(normed, grid)[0])
 
         def mlp_step(state: Tensor) -> tuple[Tensor, Tensor]:
-            normed = self.norm2(state.to(dtype))
+            # A transition may change the dtype as well: with an fp32 CLS token, stage 1 is fp32 in autocast, too.
+            normed = self.norm2(state if self.changes_shape else state.to(dtype))
             residual = state if self.shortcut_proj_mlp is None else self.shortcut_proj_mlp(normed)
             return residual, self._drop_path(self.mlp(normed))
 
         hidden_states = tape.layer(self, (attention_step, mlp_step), hidden_states)
         tape.grid = (grid[0] // self.stride, grid[1] // self.stride)
         return hidden_states
-
-    def _pooled(self, residual: Tensor, grid: Grid) -> Tensor:
-        if self.stride == 1:
-            return residual
-        prefix, patches = residual[:, : self.prefix_length], residual[:, self.prefix_length :]
-        pooled = nn.functional.max_pool2d(feature_map(patches, grid), kernel_size=3, stride=self.stride, padding=1)
-        patches = pooled.reshape(*pooled.shape[:2], -1).transpose(1, 2)
-        return torch.cat((prefix, patches), dim=1) if self.prefix_length else patches
 
     def _drop_path(self, branch: Tensor) -> Tensor:
         """`branch`, in training left out of some samples of the batch at random (stochastic depth)."""
@@ -183,26 +161,19 @@ class RevMViTLayer(Layer):
         return branch * mask.div_(keep)
 
 
-class RevMViTStage(nn.Module):
-    def __init__(self, config: RevMViTConfig, shapes: list[BlockShape], drop_path_rates: list[float]):
-        super().__init__()
-        self.blocks = nn.ModuleList(
-            RevMViTLayer(config, shape, rate) for shape, rate in zip(shapes, drop_path_rates, strict=True)
-        )
-
-
 class RevMViTEncoder(Encoder):
     """The stages, as modules that are called 0, 1, 2, …"""
 
     def __init__(self, config: RevMViTConfig):
         super().__init__(config)
-        rates = torch.linspace(0, config.drop_path_rate, sum(config.depths), device="cpu", dtype=torch.float32)
-        of_stages = rates.split(list(config.depths))
-        for i, (shapes, stage_rates) in enumerate(zip(config.block_shapes(), of_stages, strict=True)):
-            self.add_module(str(i), RevMViTStage(config, shapes, stage_rates.tolist()))
+        # On the CPU and in fp32, whatever the model is made on and in.
+        rates = iter(torch.linspace(0, config.drop_path_rate, sum(config.depths), device="cpu", dtype=torch.float32))
+        for i, shapes in enumerate(config.block_shapes()):
+            blocks = nn.ModuleList(RevMViTLayer(config, shape, next(rates).item()) for shape in shapes)
+            self.add_module(str(i), nn.ModuleDict({"blocks": blocks}))
 
     def stages(self) -> list[nn.ModuleList]:
-        return [stage.blocks for stage in self.children() if isinstance(stage, RevMViTStage)]
+        return [stage["blocks"] for stage in self.children() if isinstance(stage, nn.ModuleDict)]
 
     def forward(self, embeddings: Tensor, *, tape: Tape, **kwargs: Any) -> Tensor:
         side = self.config.image_size // PATCH
@@ -235,9 +206,8 @@ class RevMViTPreTrainedModel(ReversiblePreTrainedModel):
             bound = module.weight[0].numel() ** -0.5
             for parameter in module.parameters():
                 init.uniform_(parameter, -bound, bound)
-        tables = ("rel_pos_h", "rel_pos_w", "cls_token")
-        for parameter in (getattr(module, name, None) for name in tables):
-            if parameter is not None:
+        for name, parameter in module.named_parameters(recurse=False):
+            if name in ("rel_pos_h", "rel_pos_w", "cls_token"):
                 init.trunc_normal_(parameter, mean=0.0, std=self.config.initializer_range)
 
     @classmethod
