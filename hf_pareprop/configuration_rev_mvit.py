@@ -1,5 +1,7 @@
 """Configuration of reversible MViTv2, and how it reads that of a timm checkpoint."""
 
+# mypy: disable-error-code="arg-type"
+# Fields that an architecture gives are optional where they are given, and always set afterwards.
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -24,23 +26,29 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 """Those that timm has, by its names."""
 
-FROM_MODEL_ARGS = {"in_chans": "num_channels", "drop_rate": "hidden_dropout_prob", "drop_path_rate": "drop_path_rate"}
+KV_STRIDE = 4
+"""Of the pooling of keys and values in the first stage; it is halved at every other."""
+
+FROM_MODEL_ARGS = {
+    "in_chans": "num_channels",
+    "num_classes": "num_labels",
+    "drop_rate": "hidden_dropout_prob",
+    "drop_path_rate": "drop_path_rate",
+}
 """Arguments of timm's models, and the fields that they become."""
 
 TIMM_KEYS = {"num_classes", "num_features", "label_names", "label_descriptions", "global_pool", "model_args"}
 TIMM_KEYS |= {"pretrained_cfg", "do_pooling"}
+"""What its configuration files hold besides."""
 
 
 class BlockShape(NamedTuple):
-    """What a block reads, computes with and returns.
+    """Of one block.
 
     Attributes:
-        width_in: of the hidden state that it reads.
-        width: of its attention.
-        width_out: of the hidden state that it returns.
+        width_in, width, width_out: of the hidden state that it reads, of its attention, of what it returns.
         heads: of its attention.
-        stride: by which it pools queries and so the hidden state.
-        kv_stride: by which it pools keys and values.
+        stride, kv_stride: by which it pools queries, and with them the hidden state; and keys and values.
         side: rows, and columns, of patches that it reads.
     """
 
@@ -116,30 +124,25 @@ class RevMViTConfig(ReversibleConfig):
         for name, value in ARCHITECTURES[self.architecture or "mvitv2_base"].items():
             if getattr(self, name) is None:
                 setattr(self, name, list(value) if name == "depths" else value)
-        self.check_shape()
+        self._check_shape()
         if self.architecture != self.timm_name():
             self.architecture = None
         super().__post_init__(**kwargs)
 
     def check_reversible(self) -> None:
-        self.check_shape()
-        if self.architecture is not None and self.architecture != self.timm_name():
+        self._check_shape()
+        if self.architecture not in (None, self.timm_name()):
             raise ValueError(
-                f"architecture={self.architecture!r} does not have the other fields, such as depths={self.depths}: set it to "
-                "None, or make a new RevMViTConfig of it."
+                f"architecture={self.architecture!r} does not go with other fields, such as depths={self.depths}, which were set "
+                "before or after it: set it to None."
             )
         super().check_reversible()
 
-    def check_shape(self) -> None:
-        """
-        Raises:
-            ValueError: there is no such model.
-        """
-        stages, depths = len(self.depths or ()), self.depths
+    def _check_shape(self) -> None:
+        stages, depths, size = len(self.depths), self.depths, self.image_size
         if not stages or min(depths) < 1:
-            raise ValueError(f"depths={depths} has to give every stage one block or more, as in [1, 2, 5, 2].")
-        for name in ("embed_dim", "num_heads"):
-            values = _per_stage(getattr(self, name), stages)
+            raise ValueError(f"depths={depths} has to give every stage one block or more, as [1, 2, 5, 2] does.")
+        for name, values in (("embed_dim", self.stage_widths), ("num_heads", self.stage_heads)):
             if len(values) != stages or min(values) < 1:
                 raise ValueError(
                     f"{name}={getattr(self, name)} has to be one positive number, which doubles at every stage, or one for each "
@@ -148,27 +151,26 @@ class RevMViTConfig(ReversibleConfig):
         for width, heads in zip(self.stage_widths, self.stage_heads, strict=True):
             if width % heads:
                 raise ValueError(
-                    f"num_heads={self.num_heads} does not divide embed_dim={self.embed_dim} in every stage: a width of {width} "
-                    f"cannot be shared by {heads} heads; choose widths that are multiples of the heads."
+                    f"embed_dim={self.embed_dim} and num_heads={self.num_heads} give a stage a width of {width} and {heads} heads: "
+                    "the width has to be a multiple of the heads."
                 )
         unit = PATCH << (stages - 1)
-        if not isinstance(self.image_size, int) or self.image_size < 1 or self.image_size % unit:
+        if size < 1 or size % unit:
             raise ValueError(
-                f"image_size={self.image_size} has to be one number, a multiple of {unit}: images are square, and with {stages} "
-                f"stages their patches of {PATCH} pixels are halved {stages - 1} times."
+                f"image_size={size} has to be a multiple of {unit}, because {stages} stages halve the grid of patches of {PATCH} "
+                f"pixels {stages - 1} times: take {max(1, round(size / unit)) * unit}."
             )
         for name in ("drop_path_rate", "hidden_dropout_prob"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} is not a rate: it has to be at least 0 and below 1.")
-        if self.mlp_ratio <= 0:
-            raise ValueError(f"mlp_ratio={self.mlp_ratio} has to be positive; 4 is usual.")
+                raise ValueError(f"{name}={getattr(self, name)} has to be at least 0 and below 1.")
+        if int(min(self.stage_widths) * self.mlp_ratio) < 1:
+            raise ValueError(f"mlp_ratio={self.mlp_ratio} leaves MLPs no width: 4 is usual.")
 
     def timm_name(self) -> str | None:
         """The architecture of timm that has these depths, widths and heads, if there is one."""
         own = (self.stage_depths, self.stage_widths, self.stage_heads, self.expand_attn, self.use_cls_token)
-        for name, fields in ARCHITECTURES.items():
-            widths, heads = _per_stage(fields["embed_dim"], 4), _per_stage(fields["num_heads"], 4)
-            if own == (fields["depths"], widths, heads, fields["expand_attn"], fields["use_cls_token"]):
+        for name, (depths, width, heads, *flags) in ((name, f.values()) for name, f in ARCHITECTURES.items()):
+            if own == (depths, _per_stage(width, 4), _per_stage(heads, 4), *flags):
                 return name
         return None
 
@@ -186,7 +188,8 @@ class RevMViTConfig(ReversibleConfig):
 
     @property
     def num_hidden_layers(self) -> int:
-        return sum(self.stage_depths)
+        """Blocks of all stages."""
+        return sum(self.depths)
 
     @property
     def hidden_size(self) -> int:
@@ -204,24 +207,21 @@ class RevMViTConfig(ReversibleConfig):
 
     def block_shapes(self) -> list[list[BlockShape]]:
         """Of the blocks of every stage."""
-        widths, width = self.stage_widths, self.stage_widths[0]
-        side, kv_stride, shapes = self.image_size // PATCH, PATCH, []
-        for i, depth in enumerate(self.depths):
-            kv_stride = max(kv_stride // 2, 1) if i else kv_stride
-            shapes.append([])
+        widths, found = self.stage_widths, list[list[BlockShape]]()
+        width, side = widths[0], self.image_size // PATCH
+        for i, (depth, heads) in enumerate(zip(self.depths, self.stage_heads, strict=True)):
+            wide = widths[i] if self.expand_attn else widths[min(i + 1, len(widths) - 1)]
+            found.append([])
             for j in range(depth):
-                stride = 2 if i and not j else 1
-                if self.expand_attn:
-                    wide = after = widths[i]
-                else:
-                    wide, after = width, widths[min(i + 1, len(widths) - 1)] if j == depth - 1 else width
-                shapes[i].append(BlockShape(width, wide, after, self.stage_heads[i], stride, kv_stride, side))
-                width, side = after, side // stride
-        return shapes
+                out = wide if self.expand_attn or j == depth - 1 else width
+                attention, stride = out if self.expand_attn else width, 1 if j or not i else 2
+                found[i].append(BlockShape(width, attention, out, heads, stride, max(KV_STRIDE >> i, 1), side))
+                width, side = out, side // stride
+        return found
 
     @classmethod
     def stock_dict(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
-        return config_dict  # transformers' own class would ask timm for labels
+        return config_dict  # the stock class of transformers would ask timm for the names of labels
 
     @classmethod
     def from_stock_dict(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
@@ -230,34 +230,30 @@ class RevMViTConfig(ReversibleConfig):
         Raises:
             ValueError: it is of an architecture that is none of MViTv2, or made with arguments that change what it is.
         """
-        architecture, cfg = config_dict.get("architecture"), dict(config_dict.get("pretrained_cfg") or {})
+        architecture, cfg = str(config_dict.get("architecture")), config_dict.get("pretrained_cfg") or {}
         check_architecture(architecture)
-        args, fields = dict(config_dict.get("model_args") or {}), {"timm_pretrained_cfg": cfg or None}
-        channels, *size = cfg.get("input_size") or (3, 224, 224)
-        size = args.pop("img_size", size)
-        labels = config_dict.get("num_classes", args.pop("num_classes", cfg.get("num_classes", 1000)))
-        rows, columns = (size, size) if isinstance(size, int) else size
-        if rows != columns:
-            raise ValueError(
-                f"the checkpoint is for images of {rows}x{columns} pixels, a reversible MViT takes square ones."
-            )
-        fields |= {"image_size": rows, "num_channels": channels}
-        fields |= {field: args.pop(name) for name, field in FROM_MODEL_ARGS.items() if name in args}
         pool = "token" if ARCHITECTURES[architecture]["use_cls_token"] else "avg"
-        if args.pop("global_pool", None) not in (None, pool) or args:
+        given = {"global_pool": pool, **(config_dict.get("model_args") or {})}
+        channels, *size = cfg.get("input_size") or (3, 224, 224)
+        size = given.pop("img_size", size)
+        rows, columns = (size, size) if isinstance(size, int) else size
+        if given.pop("global_pool") != pool or rows != columns or not given.keys() <= FROM_MODEL_ARGS.keys():
             raise ValueError(
-                f"the checkpoint was made with model_args={config_dict['model_args']}, of which a reversible MViT takes img_size, "
-                f"{', '.join(FROM_MODEL_ARGS)} alone, and global_pool={pool!r}."
+                f"the checkpoint is of an {architecture} for {rows}x{columns} pixels, made with {config_dict.get('model_args')}: a "
+                f"reversible one takes square images, global_pool={pool!r}, and else {', '.join(FROM_MODEL_ARGS)} alone."
             )
-        names = config_dict.get("label_names")
-        if names and len(names) == labels:
-            fields["id2label"] = {
-                int(i): name for i, name in (names.items() if isinstance(names, dict) else enumerate(names))
-            }
-        else:
-            fields["num_labels"] = labels
+        fields = {"num_labels": cfg.get("num_classes", 1000), "num_channels": channels, "image_size": rows}
+        fields |= {FROM_MODEL_ARGS[name]: value for name, value in given.items()}
+        fields["num_labels"] = config_dict.get("num_classes", fields["num_labels"])
+        names = config_dict.get("label_names") or ()
+        if len(names) == fields["num_labels"] > 0:
+            pairs = names.items() if isinstance(names, dict) else enumerate(names)
+            fields["id2label"] = {int(i): name for i, name in pairs}
+            fields["label2id"] = {name: i for i, name in fields["id2label"].items()}
         rest = {name: value for name, value in config_dict.items() if name not in TIMM_KEYS}
-        return super().from_stock_dict({**rest, **fields, "model_type": cls.stock_model_types[0]})
+        return super().from_stock_dict(
+            {**rest, **fields, "timm_pretrained_cfg": cfg or None, "model_type": cls.stock_model_types[0]}
+        )
 
 
 def check_architecture(name: Any) -> None:

@@ -1,6 +1,6 @@
 """Reversible MViTv2: the modules of timm's model under its names, the blocks that keep the shape coupled reversibly."""
 
-# mypy: disable-error-code="override,arg-type,union-attr,operator,assignment"
+# mypy: disable-error-code="override,arg-type,union-attr,operator,assignment,return-value,misc"
 # Stock configurations type as optional what is always set, and module attributes as Tensor | Module.
 from collections import OrderedDict
 from collections.abc import Callable

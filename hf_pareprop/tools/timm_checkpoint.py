@@ -7,7 +7,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from ..configuration_rev_mvit import ARCHITECTURES, RevMViTConfig
+from ..configuration_rev_mvit import ARCHITECTURES
 from ..modeling_rev_mvit import RevMViTPreTrainedModel
 
 PRETRAINED_CFG: dict[str, Any] = {
@@ -64,7 +64,7 @@ def timm_config(model: RevMViTPreTrainedModel) -> dict[str, Any]:
     Raises:
         ValueError: timm has no such architecture.
     """
-    config: RevMViTConfig = model.config
+    config: Any = model.config
     name, labels = config.timm_name(), config.num_labels if hasattr(model, "head") else 0
     odd = [f"{field}={getattr(config, field)}" for field, value in FIXED.items() if getattr(config, field) != value]
     if name is None or odd:
@@ -75,7 +75,7 @@ def timm_config(model: RevMViTPreTrainedModel) -> dict[str, Any]:
         )
     cfg = {**PRETRAINED_CFG, **(config.timm_pretrained_cfg or {})}
     cfg |= {"num_classes": labels, "input_size": [config.num_channels, config.image_size, config.image_size]}
-    result = {"architecture": name, "num_classes": labels, "num_features": config.hidden_size}
+    result: dict[str, Any] = {"architecture": name, "num_classes": labels, "num_features": config.hidden_size}
     result["global_pool"] = "token" if config.use_cls_token else "avg"
     names = [config.id2label[i] for i in range(labels)]
     if names != [f"LABEL_{i}" for i in range(labels)]:
