@@ -74,6 +74,9 @@ def timm_config(model: RevMViTPreTrainedModel) -> dict[str, Any]:
             f"{', '.join(ARCHITECTURES)}. Keep the reversible checkpoint; at beta=0 it is the conventional model."
         )
     cfg = {**PRETRAINED_CFG, **(config.timm_pretrained_cfg or {})}
+    for statistic in ("mean", "std"):
+        if len(values := cfg[statistic]) != config.num_channels:
+            cfg[statistic] = [round(sum(values) / len(values), 6)] * config.num_channels
     cfg |= {"num_classes": labels, "input_size": [config.num_channels, config.image_size, config.image_size]}
     result: dict[str, Any] = {"architecture": name, "num_classes": labels, "num_features": config.hidden_size}
     result["global_pool"] = "token" if config.use_cls_token else "avg"
