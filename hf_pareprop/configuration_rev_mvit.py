@@ -27,7 +27,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 """Those that timm has, by its names."""
 
 KV_STRIDE = 4
-"""Of the pooling of keys and values in the first stage; it is halved at every other."""
+"""Of the pooling of keys and values in the first stage; each later stage halves it, down to 1."""
 
 FROM_MODEL_ARGS = {
     "in_chans": "num_channels",
@@ -74,7 +74,7 @@ class RevMViTConfig(ReversibleConfig):
             next five fields where they are not given themselves; where they are and differ, it becomes `None`. Without
             one they are those of mvitv2_base.
         depths (`list[int]`): Blocks of every stage.
-        embed_dim (`int` or `list[int]`): Width of the first stage, which doubles at every other; or one per stage.
+        embed_dim (`int` or `list[int]`): Width of the first stage, which each later one doubles; or one per stage.
         num_heads (`int` or `list[int]`): Attention heads, in the same way.
         expand_attn (`bool`):
             Whether the attention of a stage's first block widens the hidden state, or the MLP of the last block before it.
@@ -145,7 +145,7 @@ class RevMViTConfig(ReversibleConfig):
         for name, values in (("embed_dim", self.stage_widths), ("num_heads", self.stage_heads)):
             if len(values) != stages or min(values) < 1:
                 raise ValueError(
-                    f"{name}={getattr(self, name)} has to be one positive number, which doubles at every stage, or one for each "
+                    f"{name}={getattr(self, name)} has to be one positive number, which each later stage doubles, or one for each "
                     f"of the {stages} stages of depths={depths}."
                 )
         for width, heads in zip(self.stage_widths, self.stage_heads, strict=True):
@@ -155,10 +155,10 @@ class RevMViTConfig(ReversibleConfig):
                     "the width has to be a multiple of the heads."
                 )
         unit = PATCH << (stages - 1)
-        if size < 1 or size % unit:
+        if not isinstance(size, int) or size < 1 or size % unit:
             raise ValueError(
-                f"image_size={size} has to be a multiple of {unit}, because {stages} stages halve the grid of patches of {PATCH} "
-                f"pixels {stages - 1} times: take {max(1, round(size / unit)) * unit}."
+                f"image_size={size} has to be one number, a multiple of {unit} such as {7 * unit}: images are square, and {stages} "
+                f"stages halve their grid of patches of {PATCH} pixels {stages - 1} times."
             )
         for name in ("drop_path_rate", "hidden_dropout_prob"):
             if not 0 <= getattr(self, name) < 1:

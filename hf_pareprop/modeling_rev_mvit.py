@@ -55,7 +55,7 @@ def pooled(states: Tensor, prefix_length: int, grid: Grid, pool: Callable[[Tenso
 def distances(queries: int, keys: int, device: torch.device) -> Tensor:
     """The row of a table of relative positions for every query and key along one axis, `(queries, keys)`.
 
-    The finer of the two counts: positions of the coarser are so many of its steps apart as they lie above each other.
+    Distances are in steps of the finer of the two grids.
     """
     query_step, key_step = max(keys / queries, 1.0), max(queries / keys, 1.0)
     at_query = torch.arange(queries, device=device, dtype=torch.float32).unsqueeze(-1) * query_step
@@ -230,7 +230,7 @@ class RevMViTModel(RevMViTPreTrainedModel):
         >>> model = RevMViTModel.from_pretrained("timm/mvitv2_tiny.fb_in1k", beta=1 / 32)
     """
 
-    _keys_to_ignore_on_load_unexpected = [r"^(timm_model\.)?head\.fc\."]
+    _keys_to_ignore_on_load_unexpected = [r"^head\.fc\."]
 
     def __init__(self, config: RevMViTConfig):
         super().__init__(config)
