@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 
 import pytest
 import torch
@@ -268,17 +267,15 @@ def test_a_model_without_a_head_goes_to_timm(timm, tmp_path):
     assert stock.pretrained_cfg["mean"] == [0.449] and stock.num_classes == 0
 
 
-def test_the_command_exports_for_timm(timm, tmp_path, monkeypatch, capsys):
+def test_the_command_exports_for_timm(timm, tmp_path, capsys):
     torch.manual_seed(0)
     model = hp.RevMViTForImageClassification(hp.RevMViTConfig(**TINY, num_labels=3)).eval()
     model.save_pretrained(tmp_path / "rev")
     processor = {"image_processor_type": "ViTImageProcessor", "image_mean": [0.25], "image_std": [0.5]}
     (tmp_path / "rev" / "preprocessor_config.json").write_text(json.dumps(processor))
-    monkeypatch.setattr(sys, "argv", ["hf-pareprop", "export", str(tmp_path / "rev"), str(tmp_path / "stock")])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
+    cli.app(["export", str(tmp_path / "rev"), str(tmp_path / "stock")], standalone_mode=False)
     said = capsys.readouterr().out
-    assert end.value.code == 0 and "timm's mvitv2_tiny" in said and "preprocessor_config.json" in said
+    assert "timm's mvitv2_tiny" in said and "preprocessor_config.json" in said
     stock = timm.create_model(f"local-dir:{tmp_path / 'stock'}", pretrained=True).eval()
     assert tuple(stock.pretrained_cfg["mean"]) == (0.25,) and stock.num_classes == 3
     model.set_beta(0.0)
