@@ -13,9 +13,11 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from .configuration_rev_mvit import RevMViTConfig
 from .configuration_rev_roberta import RevRobertaConfig
 from .configuration_rev_swin import RevSwinConfig
 from .configuration_rev_vit import RevViTConfig
+from .modeling_rev_mvit import RevMViTForImageClassification, RevMViTModel
 from .modeling_rev_roberta import (
     RevRobertaForMaskedLM,
     RevRobertaForMultipleChoice,
@@ -38,7 +40,7 @@ from .tools.schedule import BetaSchedule
 from .tools.verify import verify
 from .version import __version__
 
-for config in (RevRobertaConfig, RevViTConfig, RevSwinConfig):
+for config in (RevRobertaConfig, RevViTConfig, RevSwinConfig, RevMViTConfig):
     AutoConfig.register(config.model_type, config)
 for auto, model in (
     (AutoModel, RevRobertaModel),
@@ -54,6 +56,8 @@ for auto, model in (
     (AutoModel, RevViTModel),
     (AutoModelForImageClassification, RevViTForImageClassification),
     (AutoModelForMaskedImageModeling, RevViTForMaskedImageModeling),
+    (AutoModel, RevMViTModel),
+    (AutoModelForImageClassification, RevMViTForImageClassification),
 ):
     auto.register(model.config_class, model)
 
@@ -62,6 +66,9 @@ __all__ = [
     "BetaSchedule",
     "GraphedStep",
     "MemoryBudget",
+    "RevMViTConfig",
+    "RevMViTForImageClassification",
+    "RevMViTModel",
     "RevRobertaConfig",
     "RevRobertaForMaskedLM",
     "RevRobertaForMultipleChoice",

@@ -155,8 +155,12 @@ class ReversibleConfig(PreTrainedConfig):
                 f"{pretrained_model_name_or_path} is a stock checkpoint and becomes reversible at beta={CONVERTED_BETA:g}, "
                 "which changes a little what it computes: give beta to choose."
             )
-        # Through the stock class, because a configuration file may leave out fields that are at its defaults.
-        return cls.from_stock_dict({**CONFIG_MAPPING[found].from_dict(config_dict).to_dict(), **config_dict}), kwargs
+        return cls.from_stock_dict(cls.stock_dict(config_dict)), kwargs
+
+    @classmethod
+    def stock_dict(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
+        """The configuration file of a stock checkpoint with the fields that it leaves out because they are at their defaults."""
+        return {**CONFIG_MAPPING[config_dict["model_type"]].from_dict(config_dict).to_dict(), **config_dict}
 
     @classmethod
     def from_stock_dict(cls, config_dict: dict[str, Any]) -> dict[str, Any]:

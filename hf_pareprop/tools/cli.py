@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..lanes import side_lane
+from ..modeling_rev_mvit import RevMViTPreTrainedModel
 from ..modeling_reversible import ReversiblePreTrainedModel
 from ..plan import CONVERTED_BETA, DEFAULT_GRID_BITS, parse_size
 from .architectures import architecture_of
@@ -35,6 +36,7 @@ from .fidelity import Fidelity, fidelity
 from .inputs import random_batch, real_batches
 from .memory import memory_growth
 from .records import device_name, size_in_words, software
+from .timm_checkpoint import conventional, save_timm_checkpoint, timm_config
 from .verify import verify as verify_step
 
 TIMING_SECONDS = 120.0
@@ -126,16 +128,18 @@ def export(
     overwrite: Overwrite = False,
     max_shard_size: Shards = "5GB",
 ) -> None:
-    """Make a stock checkpoint of a reversible one, for plain transformers.
+    """Make a stock checkpoint of a reversible one, for plain transformers or, of an MViT, for timm.
 
     The fidelity is measured on --calibrate, or else on random inputs, which say little about real ones.
     """
     source = open_source(src)
     _check_target(source.folder, out, overwrite)
     model: Any = load_reversible(source, dtype=dtype).model
-    stock = to_stock(model)
+    for_timm = isinstance(model, RevMViTPreTrainedModel)
+    stock = conventional(model) if for_timm else to_stock(model)
     _say("from", f"{src}: {_describe(model)}")
-    _say("to", f"{type(stock).__name__}, {len(stock.state_dict())} tensors mapped")
+    target = f"timm's {timm_config(model)['architecture']}" if for_timm else type(stock).__name__
+    _say("to", f"{target}, {len(stock.state_dict())} tensors mapped")
     if calibrate is not None:
         measured, where = fidelity(model, stock, real_batches(source, model, calibrate)), str(calibrate)
     else:
@@ -147,7 +151,10 @@ def export(
     if any(plan.reversible for plan in model.config.layer_plans()):
         _say("", "the weights were trained with a beta above 0, the stock model is beta=0: see BetaSchedule.anneal")
     with whole_directory(out, overwrite) as folder:
-        stock.save_pretrained(folder, max_shard_size=max_shard_size)
+        if for_timm:
+            save_timm_checkpoint(model, folder, processor=source.folder / "preprocessor_config.json")
+        else:
+            stock.save_pretrained(folder, max_shard_size=max_shard_size)
         copied = copy_companions(source, folder, stock.config.model_type)
     _say("copied", ", ".join(copied) or "no tokenizer or image processor: there was none")
     _say("wrote", f"{out}")

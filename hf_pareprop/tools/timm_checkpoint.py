@@ -1,0 +1,96 @@
+"""Checkpoints of timm, which `timm.create_model("local-dir:FOLDER", pretrained=True)` and transformers' TimmWrapper read."""
+
+import json
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from ..configuration_rev_mvit import ARCHITECTURES
+from ..modeling_rev_mvit import RevMViTPreTrainedModel
+
+PRETRAINED_CFG: dict[str, Any] = {
+    "custom_load": False,
+    "fixed_input_size": True,
+    "interpolation": "bicubic",
+    "crop_pct": 0.9,
+    "crop_mode": "center",
+    "mean": [0.485, 0.456, 0.406],
+    "std": [0.229, 0.224, 0.225],
+    "pool_size": None,
+    "first_conv": "patch_embed.proj",
+    "classifier": "head.fc",
+}
+"""What timm says of the MViTv2 checkpoints that it distributes."""
+
+FIXED = {"mlp_ratio": 4.0, "qkv_bias": True, "layer_norm_eps": 1e-6}
+"""Fields that timm's architectures do not leave open."""
+
+
+def save_timm_checkpoint(model: RevMViTPreTrainedModel, folder: str | Path, processor: Path | None = None) -> None:
+    """Write `config.json` and `model.safetensors` of the timm model with the weights of a reversible MViT.
+
+    It computes what ``model`` computes at ``beta=0``; at another beta the outputs differ.
+
+    Args:
+        model: with a classifier, or without one as [`RevMViTModel`].
+        folder: made if it does not exist.
+        processor: `preprocessor_config.json` of an image processor, whose mean and deviation go into the configuration.
+
+    Raises:
+        ValueError: timm has no such architecture.
+
+    Example:
+        >>> save_timm_checkpoint(model, "mvit-for-timm")
+        >>> timm.create_model("local-dir:mvit-for-timm", pretrained=True)
+    """
+    config = timm_config(model)
+    if processor is not None and processor.is_file():
+        given = json.loads(processor.read_text(encoding="utf-8"))
+        names = {"mean": "image_mean", "std": "image_std"}
+        config["pretrained_cfg"] |= {ours: given[theirs] for ours, theirs in names.items() if given.get(theirs)}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    prefix = f"{model.base_model_prefix}."
+    tensors = {name.removeprefix(prefix): tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def timm_config(model: RevMViTPreTrainedModel) -> dict[str, Any]:
+    """What timm's `config.json` says of a reversible MViT.
+
+    Raises:
+        ValueError: timm has no such architecture.
+    """
+    config: Any = model.config
+    name, labels = config.timm_name(), config.num_labels if hasattr(model, "head") else 0
+    odd = [f"{field}={getattr(config, field)}" for field, value in FIXED.items() if getattr(config, field) != value]
+    if name is None or odd:
+        what = ", ".join(odd) or f"depths={config.depths} and embed_dim={config.embed_dim}"
+        raise ValueError(
+            f"timm has no MViTv2 with {what}, so its weights cannot become a checkpoint of timm: it has "
+            f"{', '.join(ARCHITECTURES)}. Keep the reversible checkpoint; at beta=0 it is the conventional model."
+        )
+    cfg = {**PRETRAINED_CFG, **(config.timm_pretrained_cfg or {})}
+    for statistic in ("mean", "std"):
+        if len(values := cfg[statistic]) != config.num_channels:
+            cfg[statistic] = [round(sum(values) / len(values), 6)] * config.num_channels
+    cfg |= {"num_classes": labels, "input_size": [config.num_channels, config.image_size, config.image_size]}
+    result: dict[str, Any] = {"architecture": name, "num_classes": labels, "num_features": config.hidden_size}
+    result["global_pool"] = "token" if config.use_cls_token else "avg"
+    names = [config.id2label[i] for i in range(labels)]
+    if names != [f"LABEL_{i}" for i in range(labels)]:
+        result["label_names"] = names
+    arguments = {"img_size": (config.image_size, 224), "in_chans": (config.num_channels, 3)}
+    if changed := {field: value for field, (value, usual) in arguments.items() if value != usual}:
+        result["model_args"] = changed
+    return {**result, "pretrained_cfg": cfg}
+
+
+def conventional(model: RevMViTPreTrainedModel) -> RevMViTPreTrainedModel:
+    """A copy at ``beta=0``, which computes what the timm model computes."""
+    copy = deepcopy(model)
+    copy.set_beta(0.0)
+    return copy
