@@ -63,4 +63,6 @@ for name, family in FAMILIES.items():
         print(f"{name} equal in {len(found)} gradients")
 dist.barrier()
 sys.stdout.flush()
-os._exit(0)  # a refused step leaves threads of FSDP and gloo behind, which abort the interpreter when it ends, at times
+os._exit(
+    0
+)  # a refused step leaves threads of FSDP and gloo behind, which abort the interpreter when it ends, at times

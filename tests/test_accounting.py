@@ -123,14 +123,14 @@ def test_twins_train_the_same_tensors():
     subject, batch = subject_of("roberta"), FAMILIES["roberta"].batch()
     twins = Twins(subject, CPU)
     pointers = {p.data_ptr() for p in twins.reversible.parameters()}
-    assert {p.data_ptr() for p in twins.stock.parameters()} == pointers
+    assert {p.data_ptr() for p in twins.plain.parameters()} == pointers
     for contender in (STOCK, *reversible_contenders([1])):
-        before = [p.detach().clone() for p in twins.stock.parameters()]
+        before = [p.detach().clone() for p in twins.plain.parameters()]
         twins.step(contender, batch, False)
         after = list(twins.reversible.parameters())
-        assert any(not torch.equal(a, b) for a, b in zip(before, twins.stock.parameters(), strict=True))
+        assert any(not torch.equal(a, b) for a, b in zip(before, twins.plain.parameters(), strict=True))
         assert all(p.grad is None for p in after)
-    assert {p.data_ptr() for p in twins.stock.parameters()} == pointers
+    assert {p.data_ptr() for p in twins.plain.parameters()} == pointers
 
 
 def test_contenders_do_not_change_each_other():
@@ -143,14 +143,14 @@ def test_contenders_do_not_change_each_other():
         twins.step(contender, batch, False)
     torch._dynamo.callback_handler.clear()
     assert compilations
-    hooks = [len(m._forward_hooks) for m in twins.stock.modules()]
+    hooks = [len(m._forward_hooks) for m in twins.plain.modules()]
     compilations.clear()
     torch._dynamo.callback_handler.register_start_callback(compilations.append)
     for contender in (COMPILED, STOCK, checkpointing) * 2:
         twins.step(contender, batch, False)
     torch._dynamo.callback_handler.clear()
     assert not compilations
-    assert hooks == [len(m._forward_hooks) for m in twins.stock.modules()]
+    assert hooks == [len(m._forward_hooks) for m in twins.plain.modules()]
 
 
 def test_bert_trains_beside_its_twin_though_its_positions_have_fewer_rows():
@@ -161,7 +161,7 @@ def test_bert_trains_beside_its_twin_though_its_positions_have_fewer_rows():
     )
     twins = Twins(Subject.of("BertForSequenceClassification", config), CPU)
     batch = FAMILIES["roberta"].batch() | {"labels": torch.tensor([0, 1, 1])}
-    table = twins.stock.bert.embeddings.position_embeddings.weight
+    table = twins.plain.bert.embeddings.position_embeddings.weight
     before = table.detach().clone()
     twins.step(reversible_contenders([1 / 16])[0], batch, False)
     assert not torch.equal(before, table)
