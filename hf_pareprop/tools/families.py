@@ -203,6 +203,22 @@ _DEIT = Architecture(
 
 ROWS = (
     Family(
+        name="vit",
+        base=RevViTPreTrainedModel,
+        architectures=(Architecture("vit", "ViT", renames=_IN_MEMORY), _DEIT),
+        classifier_head="ForImageClassification",
+        shape_fields=_equal_layers,
+        dropout_fields=_two_dropouts,
+        length_fields=_patches,
+        sizes={
+            "vit-s": Shape(384, 6, (12,)),
+            "vit-b": Shape(768, 12, (12,)),
+            "vit-l": Shape(1024, 16, (24,)),
+        },
+        small=Shape(32, 4, (3,), mlp_ratio=2),
+        small_fields={"image_size": 12, "patch_size": 4, "encoder_stride": 4, "num_labels": 3},
+    ),
+    Family(
         name="roberta",
         base=RevRobertaPreTrainedModel,
         architectures=(
@@ -219,22 +235,6 @@ ROWS = (
         size_fields={"max_position_embeddings": 514, "type_vocab_size": 1},
         small=Shape(32, 4, (3,), mlp_ratio=2),
         small_fields={"vocab_size": 61, "max_position_embeddings": 24, "type_vocab_size": 2, "num_labels": 3},
-    ),
-    Family(
-        name="vit",
-        base=RevViTPreTrainedModel,
-        architectures=(Architecture("vit", "ViT", renames=_IN_MEMORY), _DEIT),
-        classifier_head="ForImageClassification",
-        shape_fields=_equal_layers,
-        dropout_fields=_two_dropouts,
-        length_fields=_patches,
-        sizes={
-            "vit-s": Shape(384, 6, (12,)),
-            "vit-b": Shape(768, 12, (12,)),
-            "vit-l": Shape(1024, 16, (24,)),
-        },
-        small=Shape(32, 4, (3,), mlp_ratio=2),
-        small_fields={"image_size": 12, "patch_size": 4, "encoder_stride": 4, "num_labels": 3},
     ),
 )
 
