@@ -16,7 +16,17 @@ from typing import Any
 
 import torch
 from measure import RETURN_FREED_MEMORY, be_killed_first, emit, peak_memory, run_child
-from models import CHECKPOINTING, ENGINES, FAMILIES, METHODS, STOCK, device_of, switch, training_step
+from models import (
+    CHECKPOINTING,
+    ENGINES,
+    METHODS,
+    STOCK,
+    build,
+    contender,
+    device_of,
+    make_batch,
+    training_step,
+)
 from options import parse
 from report import MB, Result, Results, as_dicts, plot, table
 
@@ -70,9 +80,8 @@ def measure_memory(args: argparse.Namespace, family: str, depth: int, method: st
     """Emit the peak memory of one step, or why there is none."""
     device = device_of(args)
     try:
-        model = FAMILIES[family].build(args, depth, method)
-        switch(model, method)
-        batch = FAMILIES[family].make_batch(args)
+        model = build(family, args, depth, method)
+        batch = make_batch(args, model)
         # On the CPU a small step, because not all that a step frees leaves the resident set. On CUDA the step itself,
         # because its sizes select the kernels, and with them the workspaces that stay allocated.
         small = batch if device.type == "cuda" else {name: tensor[:1] for name, tensor in batch.items()}
@@ -85,15 +94,16 @@ def measure_memory(args: argparse.Namespace, family: str, depth: int, method: st
 def measure_times(args: argparse.Namespace, family: str, depth: int, methods: Sequence[str]) -> None:
     """Emit samples of the time of one step by each method.
 
-    Two models, one stock and one reversible, serve all methods: they need less memory side by side than five.
+    Two models, one plain and one reversible, serve all methods: they need less memory side by side than five.
     """
-    device, batch = device_of(args), FAMILIES[family].make_batch(args)
+    device = device_of(args)
     models = {method in ENGINES: method for method in methods}
-    built = {reversible: FAMILIES[family].build(args, depth, method) for reversible, method in models.items()}
+    built = {reversible: build(family, args, depth, method) for reversible, method in models.items()}
+    batch = make_batch(args, next(iter(built.values())))
 
     def prepare(method: str) -> Step:
         model = built[method in ENGINES]
-        switch(model, method)
+        contender(args, method).prepare(model)
         return partial(training_step, model, batch, args.autocast)
 
     warm_ups = 3 if device.type == "cuda" else 1

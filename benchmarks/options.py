@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 from measure import STATUS
-from models import FAMILIES, PATCH
 
 from hf_pareprop.plan import CONVERTED_BETA, plan_layers
+from hf_pareprop.tools.families import FAMILIES
 
 CPU_SIZES = {"width": 192, "heads": 4, "batch_size": 2, "length": 256, "repeats": 5}
 CUDA_SIZES = {"width": 1024, "heads": 16, "batch_size": 32, "length": 256, "repeats": 20}
@@ -70,10 +70,12 @@ def check_sizes(args: argparse.Namespace) -> None:
             f"--width {args.width}: a multiple of --heads {args.heads} is expected; use e.g. --width {nearest}."
         )
     side = isqrt(args.length)
-    if "vit" in args.families and side**2 != args.length:
+    of_images = [name for name in args.families if FAMILIES[name].takes_images]
+    if of_images and side**2 != args.length:
+        others = " ".join(name for name in FAMILIES if not FAMILIES[name].takes_images)
         raise ValueError(
-            f"--length {args.length}: images of vit are square, so it has to be a square number; use {side**2} or "
-            f"{(side + 1) ** 2}, or leave vit out with --families roberta."
+            f"--length {args.length}: images of {', '.join(of_images)} are square, so it has to be a square number; use "
+            f"{side**2} or {(side + 1) ** 2}, or leave them out with --families {others}."
         )
     if not 0 <= args.dropout < 1:
         raise ValueError(f"--dropout {args.dropout}: a probability below 1 is expected; use e.g. 0 or 0.1.")
@@ -129,7 +131,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         ("width", "hidden size"),
         ("heads", "attention heads"),
         ("batch_size", "sequences or images in a step"),
-        ("length", f"tokens; of vit, patches of {PATCH}x{PATCH} pixels"),
+        ("length", "tokens of a text, or patches of an image"),
         ("repeats", "samples of each time"),
     ):
         shown = f"{what}; default: {CPU_SIZES[name]} on the CPU, {CUDA_SIZES[name]} on CUDA"

@@ -1,92 +1,47 @@
 """Reversible Transformers for Hugging Face: train without stored activations."""
 
-from transformers import (
-    AutoBackbone,
-    AutoConfig,
-    AutoModel,
-    AutoModelForImageClassification,
-    AutoModelForMaskedImageModeling,
-    AutoModelForMaskedLM,
-    AutoModelForMultipleChoice,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-)
+from typing import Any
 
-from .configuration_rev_mvit import RevMViTConfig
-from .configuration_rev_roberta import RevRobertaConfig
-from .configuration_rev_swin import RevSwinConfig
-from .configuration_rev_vit import RevViTConfig
-from .modeling_rev_mvit import RevMViTForImageClassification, RevMViTModel
-from .modeling_rev_roberta import (
-    RevRobertaForMaskedLM,
-    RevRobertaForMultipleChoice,
-    RevRobertaForQuestionAnswering,
-    RevRobertaForSequenceClassification,
-    RevRobertaForTokenClassification,
-    RevRobertaModel,
-)
-from .modeling_rev_swin import (
-    RevSwinBackbone,
-    RevSwinForImageClassification,
-    RevSwinForMaskedImageModeling,
-    RevSwinModel,
-)
-from .modeling_rev_vit import RevViTForImageClassification, RevViTForMaskedImageModeling, RevViTModel
+import transformers
+
 from .tools.callbacks import MemoryBudget
 from .tools.convert import to_reversible, to_stock
+from .tools.families import FAMILIES
 from .tools.graphs import GraphedStep
 from .tools.schedule import BetaSchedule
 from .tools.verify import verify
 from .version import __version__
 
-for config in (RevRobertaConfig, RevViTConfig, RevSwinConfig, RevMViTConfig):
-    AutoConfig.register(config.model_type, config)
-for auto, model in (
-    (AutoModel, RevRobertaModel),
-    (AutoModelForMaskedLM, RevRobertaForMaskedLM),
-    (AutoModelForSequenceClassification, RevRobertaForSequenceClassification),
-    (AutoModelForTokenClassification, RevRobertaForTokenClassification),
-    (AutoModelForQuestionAnswering, RevRobertaForQuestionAnswering),
-    (AutoModelForMultipleChoice, RevRobertaForMultipleChoice),
-    (AutoModel, RevSwinModel),
-    (AutoModelForImageClassification, RevSwinForImageClassification),
-    (AutoModelForMaskedImageModeling, RevSwinForMaskedImageModeling),
-    (AutoBackbone, RevSwinBackbone),
-    (AutoModel, RevViTModel),
-    (AutoModelForImageClassification, RevViTForImageClassification),
-    (AutoModelForMaskedImageModeling, RevViTForMaskedImageModeling),
-    (AutoModel, RevMViTModel),
-    (AutoModelForImageClassification, RevMViTForImageClassification),
-):
-    auto.register(model.config_class, model)
-
+_FAMILY_CLASSES = {cls.__name__: cls for family in FAMILIES.values() for cls in family.public_classes}
+globals().update(_FAMILY_CLASSES)
 
 __all__ = [
     "BetaSchedule",
     "GraphedStep",
     "MemoryBudget",
-    "RevMViTConfig",
-    "RevMViTForImageClassification",
-    "RevMViTModel",
-    "RevRobertaConfig",
-    "RevRobertaForMaskedLM",
-    "RevRobertaForMultipleChoice",
-    "RevRobertaForQuestionAnswering",
-    "RevRobertaForSequenceClassification",
-    "RevRobertaForTokenClassification",
-    "RevRobertaModel",
-    "RevSwinBackbone",
-    "RevSwinConfig",
-    "RevSwinForImageClassification",
-    "RevSwinForMaskedImageModeling",
-    "RevSwinModel",
-    "RevViTConfig",
-    "RevViTForImageClassification",
-    "RevViTForMaskedImageModeling",
-    "RevViTModel",
     "__version__",
     "to_reversible",
     "to_stock",
     "verify",
+    *_FAMILY_CLASSES,
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """For type checkers, which do not see the classes of the families; called for names that are not there.
+
+    Raises:
+        AttributeError: always.
+    """
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(sorted(__all__))}.")
+
+
+def register() -> None:
+    """Tell the Auto classes of transformers about every family; again, if they know them already."""
+    for family in FAMILIES.values():
+        transformers.AutoConfig.register(family.config_class.model_type, family.config_class, exist_ok=True)
+        for auto, model in family.auto_classes.items():
+            getattr(transformers, auto).register(family.config_class, model, exist_ok=True)
+
+
+register()

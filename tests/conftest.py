@@ -15,6 +15,8 @@ if not torch.cuda.is_available():
     # Kernels are tested without a GPU; Triton looks at this when they are imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from families import FAMILIES  # noqa: E402, as it imports what reads these variables
+
 
 def pytest_configure(config):
     # One thread each: many workers share the cores, and a core has to be idle for the worker lane to overlap.
@@ -27,10 +29,9 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-@pytest.fixture(params=["roberta", "vit"])
+@pytest.fixture(params=FAMILIES)
 def family(request):
-    from families import FAMILIES
-
+    """Every family that has a row."""
     return FAMILIES[request.param]
 
 

@@ -17,7 +17,7 @@ rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
 
 def wrap(model, kind):
     if kind == "fsdp2":
-        for layer in model.base_model.encoder.layer:
+        for layer in model.encoder_layers:
             fully_shard(layer, mesh=mesh)
         return fully_shard(model, mesh=mesh)
     unused, static = kind == "ddp, unused parameters", kind == "ddp, static graph"

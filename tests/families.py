@@ -1,17 +1,14 @@
-"""Every reversible family as small random models and batches. A new family joins the whole matrix by one line."""
+"""Every reversible family as small random models and batches, from its row in `hf_pareprop.tools.families`."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
+import pytest
 import torch
-import transformers
+from torch import nn
 
-import hf_pareprop as hp
-
-TEXT = dict(vocab_size=61, hidden_size=32, num_attention_heads=4, intermediate_size=64, max_position_embeddings=24)
-TEXT |= dict(type_vocab_size=2, num_labels=3)
-IMAGE = dict(image_size=12, patch_size=4, hidden_size=32, num_attention_heads=4, intermediate_size=64, num_labels=3)
-IMAGE |= dict(encoder_stride=4)
+from hf_pareprop.tools import families
+from hf_pareprop.tools.contenders import Subject
 
 
 def text_batch() -> dict[str, torch.Tensor]:
@@ -23,24 +20,54 @@ def text_batch() -> dict[str, torch.Tensor]:
     return dict(input_ids=ids.masked_fill(mask == 0, 1), attention_mask=mask, labels=torch.tensor([0, 2, 1]))
 
 
-def image_batch() -> dict[str, torch.Tensor]:
-    """Three images of 12x12 pixels, 9 patches each."""
-    pixels = torch.randn(3, 3, 12, 12, generator=torch.Generator().manual_seed(2))
+def image_batch(size: int = 12) -> dict[str, torch.Tensor]:
+    """Three square images; a ViT divides those of 12x12 pixels into 9 patches."""
+    pixels = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(2))
     return dict(pixel_values=pixels, labels=torch.tensor([0, 2, 1]))
 
 
-class Family(NamedTuple):
-    config: type
-    model: type
-    stock_config: type
-    stock_model: type
-    fields: dict[str, Any]
-    batch: Callable[[], dict[str, torch.Tensor]]
+@dataclass(frozen=True)
+class Family:
+    """A family for tests. What builds stock models skips the test of a family that has none in transformers."""
 
-    def build(self, depth: int = 3, dropout: float = 0.0, scale: float = 2.0, seed: int = 0, **fields):
+    row: families.Family
+
+    @property
+    def config(self) -> type:
+        return self.row.config_class
+
+    @property
+    def model(self) -> type:
+        return self.row.classifier
+
+    @property
+    def has_stock(self) -> bool:
+        return self.row.architectures[0].has_stock_classes
+
+    @property
+    def stock_model(self) -> type:
+        if not self.has_stock:
+            pytest.skip(f"transformers has no stock classes for {self.row.name}")
+        return self.row.architectures[0].stock_class(self.model)
+
+    @property
+    def stock_config(self) -> type:
+        return self.stock_model.config_class
+
+    def build(
+        self,
+        depth: int = 3,
+        dropout: float = 0.0,
+        scale: float = 2.0,
+        seed: int = 0,
+        wider: int = 1,
+        mlp_ratio: float | None = None,
+        **fields,
+    ):
         """A random model in training mode; weights are scaled up so that no branch is negligible."""
         torch.manual_seed(seed)
-        model = self.model(self.config(**{**self.config_fields(depth, dropout), **fields})).train()
+        config = self.config(**{**self.config_fields(depth, dropout, wider, mlp_ratio), **fields})
+        model = self.model(config).train()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 2:
@@ -51,29 +78,39 @@ class Family(NamedTuple):
         torch.manual_seed(seed)
         return self.stock_model(self.stock_config(**{**self.config_fields(depth, dropout), **fields})).train()
 
-    def config_fields(self, depth: int, dropout: float) -> dict[str, Any]:
-        rates = dict(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
-        return {**self.fields, **rates, "num_hidden_layers": depth}
+    def config_fields(
+        self, depth: int, dropout: float = 0.0, wider: int = 1, mlp_ratio: float | None = None
+    ) -> dict[str, Any]:
+        return self.row.small_config_fields(depth, dropout, wider, mlp_ratio)
+
+    def subject(
+        self, depth: int, dropout: float = 0.0, wider: int = 1, mlp_ratio: float | None = None, **fields
+    ) -> Subject:
+        """What contenders train."""
+        return Subject(self.model, self.config(**{**self.config_fields(depth, dropout, wider, mlp_ratio), **fields}))
+
+    def batch(self) -> dict[str, torch.Tensor]:
+        return image_batch(self.row.small_fields["image_size"]) if self.row.takes_images else text_batch()
 
 
-FAMILIES = {
-    "roberta": Family(
-        hp.RevRobertaConfig,
-        hp.RevRobertaForSequenceClassification,
-        transformers.RobertaConfig,
-        transformers.RobertaForSequenceClassification,
-        TEXT,
-        text_batch,
-    ),
-    "vit": Family(
-        hp.RevViTConfig,
-        hp.RevViTForImageClassification,
-        transformers.ViTConfig,
-        transformers.ViTForImageClassification,
-        IMAGE,
-        image_batch,
-    ),
-}
+FAMILIES = {name: Family(row) for name, row in families.FAMILIES.items()}
+
+
+def linears(layer: nn.Module) -> list[nn.Linear]:
+    """The linear layers within a layer: the last three end attention, begin the MLP and end it."""
+    return [module for module in layer.modules() if isinstance(module, nn.Linear)]
+
+
+def put(layer: nn.Module, index: int, module: nn.Module) -> None:
+    """Replace one of the linear layers within a layer."""
+    old = linears(layer)[index]
+    layer.set_submodule(next(name for name, found in layer.named_modules() if found is old), module)
+
+
+def adaptable(model) -> list[str]:
+    """What the linear layers that begin attention are called, for adapters."""
+    (name, *_) = (n for n, m in model.encoder_layers[0].named_modules() if isinstance(m, nn.Linear))
+    return [name.rpartition(".")[2]]
 
 
 def cast(batch: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:

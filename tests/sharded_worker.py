@@ -6,7 +6,7 @@ import sys
 
 import torch
 import torch.distributed as dist
-from families import FAMILIES
+from families import FAMILIES, linears
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
@@ -17,17 +17,16 @@ rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
 
 
 def finer_than_a_layer(model):
-    for layer in model.base_model.encoder.layer:
-        for part in (layer.attention, layer.intermediate, layer.output):
-            fully_shard(part, mesh=mesh)
+    for layer in model.encoder_layers:
+        for part in layer.children():
+            if linears(part):
+                fully_shard(part, mesh=mesh)
         fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
 
 def fsdp1(model, strategy):
-    policy = functools.partial(
-        transformer_auto_wrap_policy, transformer_layer_cls={type(model.base_model.encoder.layer[0])}
-    )
+    policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={type(model.encoder_layers[0])})
     return FullyShardedDataParallel(
         model,
         auto_wrap_policy=policy,

@@ -26,10 +26,7 @@ SIZE = 6
 
 def subject_of(family: str, dropout: float = 0.0, depth: int = 4) -> Subject:
     """Wide enough for the tensors to be more than the bookkeeping around them."""
-    wide = dict(hidden_size=96, intermediate_size=384, num_attention_heads=4)
-    chosen = FAMILIES[family]
-    config = chosen.stock_config(**{**chosen.config_fields(depth, dropout), **wide})
-    return Subject.of(chosen.stock_model.__name__, config)
+    return FAMILIES[family].subject(depth, dropout, wider=3, mlp_ratio=4)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -109,10 +106,10 @@ def test_two_states_at_the_peak():
 
     def states(depth: int, beta: float) -> int:
         family = FAMILIES["vit"]
-        config = family.stock_config(**{**family.config_fields(depth, 0.0), "hidden_size": 96})
+        subject = family.subject(depth, wider=3)
         (reprop,) = reversible_contenders([beta], ("reprop",))
         batch = resized(family.batch(), SIZE)
-        return predict(Subject.of(family.stock_model.__name__, config), reprop, batch, CPU, False).states
+        return predict(subject, reprop, batch, CPU, False).states
 
     elements = SIZE * 10 * 96  # images, tokens, width
     assert states(5, 1.0) == states(9, 1.0) == states(5, 1 / 16) == states(9, 1 / 16) == 2 * 4 * elements
@@ -123,14 +120,14 @@ def test_twins_train_the_same_tensors():
     subject, batch = subject_of("roberta"), FAMILIES["roberta"].batch()
     twins = Twins(subject, CPU)
     pointers = {p.data_ptr() for p in twins.reversible.parameters()}
-    assert {p.data_ptr() for p in twins.stock.parameters()} == pointers
+    assert {p.data_ptr() for p in twins.plain.parameters()} == pointers
     for contender in (STOCK, *reversible_contenders([1])):
-        before = [p.detach().clone() for p in twins.stock.parameters()]
+        before = [p.detach().clone() for p in twins.plain.parameters()]
         twins.step(contender, batch, False)
         after = list(twins.reversible.parameters())
-        assert any(not torch.equal(a, b) for a, b in zip(before, twins.stock.parameters(), strict=True))
+        assert any(not torch.equal(a, b) for a, b in zip(before, twins.plain.parameters(), strict=True))
         assert all(p.grad is None for p in after)
-    assert {p.data_ptr() for p in twins.stock.parameters()} == pointers
+    assert {p.data_ptr() for p in twins.plain.parameters()} == pointers
 
 
 def test_contenders_do_not_change_each_other():
@@ -143,14 +140,14 @@ def test_contenders_do_not_change_each_other():
         twins.step(contender, batch, False)
     torch._dynamo.callback_handler.clear()
     assert compilations
-    hooks = [len(m._forward_hooks) for m in twins.stock.modules()]
+    hooks = [len(m._forward_hooks) for m in twins.plain.modules()]
     compilations.clear()
     torch._dynamo.callback_handler.register_start_callback(compilations.append)
     for contender in (COMPILED, STOCK, checkpointing) * 2:
         twins.step(contender, batch, False)
     torch._dynamo.callback_handler.clear()
     assert not compilations
-    assert hooks == [len(m._forward_hooks) for m in twins.stock.modules()]
+    assert hooks == [len(m._forward_hooks) for m in twins.plain.modules()]
 
 
 def test_bert_trains_beside_its_twin_though_its_positions_have_fewer_rows():
@@ -161,7 +158,7 @@ def test_bert_trains_beside_its_twin_though_its_positions_have_fewer_rows():
     )
     twins = Twins(Subject.of("BertForSequenceClassification", config), CPU)
     batch = FAMILIES["roberta"].batch() | {"labels": torch.tensor([0, 1, 1])}
-    table = twins.stock.bert.embeddings.position_embeddings.weight
+    table = twins.plain.bert.embeddings.position_embeddings.weight
     before = table.detach().clone()
     twins.step(reversible_contenders([1 / 16])[0], batch, False)
     assert not torch.equal(before, table)
@@ -215,10 +212,7 @@ def test_a_cap_below_the_weights_is_refused():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prediction_holds_on_cuda(family, bf16):
     """Workspaces of cuBLAS are some megabytes per stream, so the batch is larger here."""
-    chosen = FAMILIES[family]
-    wide = dict(hidden_size=512, intermediate_size=2048, num_attention_heads=8)
-    config = chosen.stock_config(**{**chosen.config_fields(8, 0.0), **wide})
-    subject = Subject.of(chosen.stock_model.__name__, config)
-    comparison = Comparison(subject, chosen.batch(), torch.device("cuda", 0), bf16)
+    subject = FAMILIES[family].subject(8, wider=16, mlp_ratio=4)
+    comparison = Comparison(subject, FAMILIES[family].batch(), torch.device("cuda", 0), bf16)
     for row in comparison.measure(dict.fromkeys(CONTENDERS, 2048), 1, lambda line: None):
         assert row.predicted_bytes == pytest.approx(row.peak_bytes, rel=0.1), row.contender

@@ -3,19 +3,19 @@
 import pytest
 import torch
 import transformers
-from families import IMAGE, TEXT, image_batch, text_batch
+from families import FAMILIES
 
 import hf_pareprop as hp
-from hf_pareprop.tools.architectures import ARCHITECTURES, STOCK_CLASSES
+from hf_pareprop.tools.families import ARCHITECTURES, STOCK_CLASSES
 
-NEW = sorted(name for name, (a, _) in STOCK_CLASSES.items() if a.model_type not in ("roberta", "vit"))
+FAMILY_OF = {a.model_type: family for family in FAMILIES.values() for a in family.row.architectures}
+NEW = sorted(name for name, (a, _) in STOCK_CLASSES.items() if a is not FAMILY_OF[a.model_type].row.architectures[0])
 """test_stock.py has the others."""
 
 
 def stock(name, **fields):
-    architecture, head = STOCK_CLASSES[name]
-    images = "ViT" in architecture.heads[head].__name__
-    fields = {**(IMAGE if images else TEXT), "num_hidden_layers": 3, **fields}
+    family = FAMILY_OF[STOCK_CLASSES[name][0].model_type]
+    fields = {**family.config_fields(3, 0.1), **fields}
     if "Question" in name:
         fields["num_labels"] = 2
     torch.manual_seed(0)
@@ -29,7 +29,7 @@ def stock(name, **fields):
 
 
 def batch_for(name):
-    batch = text_batch() if "DeiT" not in name else image_batch()
+    batch = FAMILY_OF[STOCK_CLASSES[name][0].model_type].batch()
     batch.pop("labels")
     if "MaskedImage" in name:
         batch["bool_masked_pos"] = torch.arange(27).reshape(3, 9) % 2 == 0
@@ -134,7 +134,10 @@ def test_a_class_of_ones_own():
     class Mine(hp.RevRobertaModel):
         pass
 
-    assert type(hp.to_stock(Mine(hp.RevRobertaConfig(**TEXT, num_hidden_layers=1)))) is transformers.RobertaModel
+    assert (
+        type(hp.to_stock(Mine(hp.RevRobertaConfig(**FAMILIES["roberta"].config_fields(1)))))
+        is transformers.RobertaModel
+    )
 
 
 def test_what_has_no_twin():

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from families import IMAGE, TEXT
+from families import FAMILIES
 from loopback import Hub, Repository
 from safetensors.torch import load_file, save_file
 from test_architectures import stock
@@ -21,8 +21,8 @@ from tokenizers.processors import TemplateProcessing
 
 import hf_pareprop as hp
 from hf_pareprop.tools import cli
-from hf_pareprop.tools.architectures import STOCK_CLASSES
 from hf_pareprop.tools.checkpoint import SAFETENSORS
+from hf_pareprop.tools.families import STOCK_CLASSES
 from hf_pareprop.tools.memory import Growth
 from hf_pareprop.tools.verify import Report
 
@@ -448,4 +448,5 @@ def test_help(run):
 
 def test_sizes_of_the_tests_fit():
     """What the messages above name."""
-    assert len(WORDS) == TEXT["vocab_size"] and IMAGE["image_size"] == 12
+    assert len(WORDS) == FAMILIES["roberta"].row.small_fields["vocab_size"]
+    assert FAMILIES["vit"].row.small_fields["image_size"] == 12

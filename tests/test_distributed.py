@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import FAMILIES
 
 HERE = Path(__file__).parent
 
@@ -25,10 +26,10 @@ def launch(script, *args, processes=2):
 
 def test_wrapped_models():
     """DDP with find_unused_parameters both ways and with static_graph, and FSDP2 per layer."""
-    assert "40 wrappings of 2 processes agree with one" in launch("distributed_worker.py")
+    assert f"{20 * len(FAMILIES)} wrappings of 2 processes agree with one" in launch("distributed_worker.py")
 
 
-@pytest.mark.parametrize("name", ["roberta", "vit"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_trainer(name, tmp_path):
     """Trainer's own DDP, as `torchrun` and `accelerate launch` start it, against one process with the whole batch."""
     launch("distributed_trainer.py", name, 8, tmp_path / "alone.pt", processes=1)

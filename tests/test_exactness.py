@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import assert_same, cast, gradients, step
+from families import assert_same, cast, gradients, linears, step
 
 import hf_pareprop as hp
 from hf_pareprop.observer import Observer, current_observer, observing
@@ -36,7 +36,7 @@ def test_of_a_hybrid_the_reversible_layers_are_rebuilt(family):
 
 def call_counted(model, change):
     """Have the end of the second layer's MLP yield ``change(result, call)``, where calls are counted from 1."""
-    dense, calls = model.base_model.encoder.layer[1].output.dense, []
+    dense, calls = linears(model.encoder_layers[1])[-1], []
     original = dense.forward
 
     def forward(x):
@@ -75,7 +75,7 @@ def test_wrong_gradients_of_right_states_are_noticed(family):
 def test_gradients_of_other_parameters_are_noticed(family, calls):
     """A layer that uses a parameter, which is 0, in the rebuilt run alone, or in that of the reference."""
     model = family.build(4, beta=0.5, backward_engine="reprop")
-    extra = model.base_model.encoder.layer[1].extra = torch.nn.Parameter(torch.zeros(()))
+    extra = model.encoder_layers[1].extra = torch.nn.Parameter(torch.zeros(()))
     call_counted(model, lambda result, call: result + extra if call in calls else result)
     report = hp.verify(model, family.batch())
     assert report.exact and not report.gradients_equal and report.gradient_error == float("inf")

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 import torch
-from families import FAMILIES, assert_same, cast, gradients, step
+from families import FAMILIES, adaptable, assert_same, cast, gradients, linears, put, step
 from torch import nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -33,7 +33,12 @@ def engine(request):
 
 
 def layers(model):
-    return model.base_model.encoder.layer
+    return model.encoder_layers
+
+
+def last_stage(model):
+    """The ModuleList with the layers of the last stage, or of the only one: of at least the last two thirds."""
+    return model.base_model.encoder.stages()[-1]
 
 
 def loss_of(model, batch):
@@ -72,7 +77,8 @@ def add_in_place(hidden):
 
 def learned_prompt(model, batch):
     """Deep prompt tuning: learned states in place of the first two tokens of a layer's input."""
-    prompt = nn.Parameter(torch.linspace(-1, 1, 2 * 32).view(2, 32))
+    width = linears(layers(model)[3])[-1].out_features
+    prompt = nn.Parameter(torch.linspace(-1, 1, 2 * width).view(2, width))
     model.register_parameter("prompt", prompt)
 
     def put(module, args):
@@ -146,7 +152,8 @@ def gradient_sent_elsewhere(model, batch):
 def large_hidden_states(model, batch):
     """Beyond 2**24 units, where fp32 does not hold all bits of a state."""
     with torch.no_grad():
-        layers(model)[1].output.dense.bias.copy_(1000 * torch.linspace(-1, 1, 32))
+        bias = linears(layers(model)[1])[-1].bias
+        bias.copy_(1000 * torch.linspace(-1, 1, len(bias)))
     of_hidden_states(model, batch)
 
 
@@ -246,15 +253,11 @@ def input_by_patched_forward(module, kept):
     module.forward = forward
 
 
-def attention_norm(layer):
-    return getattr(layer, "layernorm_before", None) or layer.attention.output.LayerNorm
-
-
 PARTS = {
-    "attention": lambda layer: layer.attention,
-    "attention output": lambda layer: layer.attention.output,
-    "intermediate": lambda layer: layer.intermediate,
-    "norm": attention_norm,
+    "attention": lambda layer: getattr(layer, "attention", None) or layer.attn,
+    "attention output": lambda layer: linears(layer)[-3],
+    "intermediate": lambda layer: linears(layer)[-2],
+    "norm": lambda layer: next(module for module in layer.modules() if isinstance(module, nn.LayerNorm)),
 }
 
 
@@ -308,7 +311,7 @@ def test_hooks_on_gradients_inside_a_layer(family, engine, register):
         return tuple(None if g is None else 2 * g for g in grads[0])
 
     def event(model, batch):
-        getattr(layers(model)[1].output.dense, register)(double)
+        getattr(linears(layers(model)[1])[-1], register)(double)
         loss_of(model, batch).backward()
 
     assert_right(event, family.build(4, beta=0.5), family.batch(), engine)
@@ -319,27 +322,29 @@ def test_hooks_on_gradients_inside_a_layer(family, engine, register):
 
 
 def truncated(model, batch):
-    model.base_model.encoder.layer = layers(model)[:3]
+    del last_stage(model)[-3:]
     loss_of(model, batch).backward()
 
 
 def topped(model, batch):
-    model.base_model.encoder.layer = layers(model)[3:]
+    del last_stage(model)[:3]
     loss_of(model, batch).backward()
 
 
 def shared(model, batch):
-    layers(model)[1] = layers(model)[0]
+    last_stage(model)[-2] = last_stage(model)[-1]
     loss_of(model, batch).backward()
 
 
 def repeated(model, batch):
-    layers(model).append(layers(model)[2])
+    last_stage(model).append(last_stage(model)[-2])
     loss_of(model, batch).backward()
 
 
 def reversed_order(model, batch):
-    model.base_model.encoder.layer = nn.ModuleList(reversed(layers(model)))
+    stage = last_stage(model)
+    for i, layer in enumerate(reversed(list(stage))):
+        stage[i] = layer
     loss_of(model, batch).backward()
 
 
@@ -351,7 +356,7 @@ def test_layers_changed_after_construction(family, engine, beta, event):
 
 def test_a_list_of_betas_has_to_fit_the_layers(family):
     model = family.build(4, beta=[1, 0.5, 0, 1])
-    model.base_model.encoder.layer = layers(model)[1:]
+    del last_stage(model)[0]
     with pytest.raises(ValueError, match="4 entries but the model has 3 layers"):
         model(**family.batch())
 
@@ -436,7 +441,7 @@ def computed_parameters(model, batch):
 
 def replaced_parameter(model, batch):
     loss = loss_of(model, batch)
-    dense = layers(model)[1].output.dense
+    dense = linears(layers(model)[1])[-1]
     before, dense.weight = dense.weight, nn.Parameter(torch.zeros_like(dense.weight))
     loss.backward()
     dense.weight = before
@@ -444,17 +449,17 @@ def replaced_parameter(model, batch):
 
 def frozen_afterwards(model, batch):
     loss = loss_of(model, batch)
-    layers(model)[1].output.dense.weight.requires_grad_(False)
+    linears(layers(model)[1])[-1].weight.requires_grad_(False)
     loss.backward()
 
 
 def weight_norm(model, batch):
-    nn.utils.parametrizations.weight_norm(layers(model)[2].output.dense)
+    nn.utils.parametrizations.weight_norm(linears(layers(model)[2])[-1])
     loss_of(model, batch).backward()
 
 
 def shared_weight(model, batch):
-    layers(model)[1].output.dense.weight = layers(model)[3].output.dense.weight
+    linears(layers(model)[2])[-1].weight = linears(layers(model)[4])[-1].weight
     loss_of(model, batch).backward()
 
 
@@ -468,20 +473,20 @@ def test_parameters_as_the_forward_pass_saw_them(family, engine, beta, event):
 
 def replaced_module(model, batch):
     loss = loss_of(model, batch)
-    layers(model)[1].output = copy.deepcopy(layers(model)[2].output)
+    put(layers(model)[2], -1, copy.deepcopy(linears(layers(model)[3])[-1]))
     loss.backward()
 
 
 def written_past_the_version(model, batch):
     loss = loss_of(model, batch)
-    layers(model)[1].output.dense.weight.data = layers(model)[1].output.dense.weight.data * 1.1
+    linears(layers(model)[1])[-1].weight.data = linears(layers(model)[1])[-1].weight.data * 1.1
     loss.backward()
 
 
 def modified_buffer(model, batch):
     layer = layers(model)[1]
     layer.register_buffer("shift", torch.zeros(()))
-    dense, original = layer.output.dense, layer.output.dense.forward
+    dense, original = linears(layer)[-1], linears(layer)[-1].forward
     dense.forward = lambda x: original(x) + layer.shift
     loss = loss_of(model, batch)
     layer.shift.add_(1)
@@ -491,7 +496,7 @@ def modified_buffer(model, batch):
 def with_every_call_other(model, batch, change):
     """A training step of a layer whose result is ``change(result, call)``, calls being counted."""
     calls = []
-    dense, original = layers(model)[1].output.dense, layers(model)[1].output.dense.forward
+    dense, original = linears(layers(model)[1])[-1], linears(layers(model)[1])[-1].forward
 
     def forward(x):
         calls.append(1)
@@ -516,8 +521,8 @@ REFUSABLE = [replaced_module, written_past_the_version, modified_buffer, not_a_f
 def other_input_of_a_kept_result(model, batch):
     """What a kept result was computed from: given, the result hides it from the states."""
     calls = []
-    intermediate, original = layers(model)[1].intermediate, layers(model)[1].intermediate.forward
-    intermediate.forward = lambda x: calls.append(1) or original(x).roll(len(calls), dims=0)
+    inner, original = linears(layers(model)[1])[-2], linears(layers(model)[1])[-2].forward
+    inner.forward = lambda x: calls.append(1) or original(x).roll(len(calls), dims=0)
     loss_of(model, batch).backward()
 
 
@@ -550,7 +555,7 @@ def keeps_linears_of_all(model, batch, budget):
 def test_an_adapter_that_is_switched_on(family, engine):
     """What gets a gradient in the backward pass alone is refused as well: an optimizer would move it."""
     model, batch = family.build(4, beta=0.5), family.batch()
-    dense, original = layers(model)[1].output.dense, layers(model)[1].output.dense.forward
+    dense, original = linears(layers(model)[1])[-1], linears(layers(model)[1])[-1].forward
     dense.extra = nn.Parameter(torch.zeros(()))
     dense.on = False
     dense.forward = lambda x: original(x) + dense.extra if dense.on else original(x)
@@ -564,7 +569,8 @@ def test_an_adapter_that_is_switched_on(family, engine):
 def test_a_backward_pass_in_inference_mode_is_refused(family, engine):
     """Within it a rebuild would have no graph."""
     model = family.build(4, beta=0.5, backward_engine=engine)
-    layers(model).requires_grad_(False)
+    for layer in layers(model):
+        layer.requires_grad_(False)
     loss = loss_of(model, family.batch())
     with pytest.raises(RuntimeError, match="within torch.inference_mode"), torch.inference_mode():
         loss.backward()
@@ -575,8 +581,8 @@ def test_dropout_that_was_changed(family, engine):
     model, batch = family.build(4, 0.3, beta=0.5), family.batch()
     layer = layers(model)[1]
     with torch.no_grad():
-        layer.output.dense.weight.zero_()
-    inner, original = layer.intermediate, layer.intermediate.forward
+        linears(layer)[-1].weight.zero_()
+    inner, original = linears(layer)[-2], linears(layer)[-2].forward
     dropout = nn.Dropout(0.3)
     inner.forward = lambda x: dropout(original(x))
     model.set_backward_engine(engine)
@@ -597,7 +603,7 @@ class Wrapper(nn.Module):
 
 def test_a_wrapped_layer(family, engine):
     def event(model, batch):
-        layers(model)[1] = Wrapper(layers(model)[1])
+        last_stage(model)[-2] = Wrapper(last_stage(model)[-2])
         loss_of(model, batch).backward()
 
     assert_right(event, family.build(4, 0.1, beta=0.5), family.batch(), engine)
@@ -617,12 +623,13 @@ def test_nothing_wrong_is_accumulated_before_the_check(family, engine):
     model.zero_grad()
     model.set_backward_engine(engine)
     loss = loss_of(model, batch)
-    layers(model)[2].output = copy.deepcopy(layers(model)[1].output)
+    put(layers(model)[2], -1, copy.deepcopy(linears(layers(model)[3])[-1]))
     with pytest.raises(RuntimeError, match=REFUSED):
         loss.backward()
     found = gradients(model)
-    assert any(".layer.3." in name for name in found)
-    assert not any(f".layer.{i}." in name or "embeddings" in name for name in found for i in (0, 1, 2))
+    assert all(parameter.grad is not None for parameter in layers(model)[4].parameters())
+    below = [model.get_input_embeddings(), *layers(model)[:3]]
+    assert all(parameter.grad is None for module in below for parameter in module.parameters())
     assert all(torch.equal(grad, reference[name]) for name, grad in found.items())
 
 
@@ -631,14 +638,14 @@ def test_the_check_sees_a_backward_pass_of_a_few_layers(family, engine):
     model, batch = family.build(6, beta=0.5), family.batch()
     model.set_backward_engine(engine)
     loss = loss_of(model, batch)
-    layers(model)[4].output = copy.deepcopy(layers(model)[1].output)
+    put(layers(model)[4], -1, copy.deepcopy(linears(layers(model)[3])[-1]))
     with pytest.raises(RuntimeError, match=REFUSED):
         torch.autograd.grad(loss, list(layers(model)[3].parameters()))
 
 
 def spectral(register):
     def event(model, batch):
-        register(layers(model)[2].output.dense)
+        register(linears(layers(model)[2])[-1])
         loss_of(model, batch).backward()
 
     return event
@@ -698,7 +705,7 @@ def test_a_tensor_that_the_layer_does_not_own(family, engine):
     """A parameter of somebody else, which a rebuilt layer would give no gradient to."""
     model, batch = family.build(3, beta=0.5), family.batch()
     scale = nn.Parameter(torch.ones(()))
-    dense, original = layers(model)[1].output.dense, layers(model)[1].output.dense.forward
+    dense, original = linears(layers(model)[1])[-1], linears(layers(model)[1])[-1].forward
     dense.forward = lambda x: original(x) * scale
     step(model, batch, "autograd")
     assert scale.grad is not None
@@ -709,8 +716,9 @@ def test_a_tensor_that_the_layer_does_not_own(family, engine):
 def test_an_adapter_that_is_switched(family, engine):
     """Before training two adapters compute the same, so the states do not show which one ran: the gradients do."""
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(target_modules=["query"], r=2)
-    model = peft.get_peft_model(family.build(3, beta=0.5), config)
+    model = family.build(3, beta=0.5)
+    config = peft.LoraConfig(target_modules=adaptable(model), r=2)
+    model = peft.get_peft_model(model, config)
     model.add_adapter("other", config)
     model.base_model.model.set_backward_engine(engine)
     loss = model(**family.batch()).loss
@@ -730,7 +738,7 @@ def test_an_adapter_that_is_switched(family, engine):
 def test_large_states_are_exact(family, engine, beta, planted, grid_bits):
     def event(model, batch):
         with torch.no_grad():
-            layers(model)[3].output.dense.bias[5] = planted
+            linears(layers(model)[3])[-1].bias[5] = planted
         loss_of(model, batch).backward()
 
     assert_right(event, family.build(6, beta=beta, grid_bits=grid_bits), family.batch(), engine)
@@ -743,7 +751,7 @@ def test_large_states_are_exact(family, engine, beta, planted, grid_bits):
 def test_what_leaves_the_range_reaches_the_loss(family, engine, beta, value, where):
     model = family.build(6, beta=beta, backward_engine=engine)
     with torch.no_grad():
-        layers(model)[where].output.dense.bias[1] = value
+        linears(layers(model)[where])[-1].bias[1] = value
     with pytest.warns(UserWarning, match="the outputs of that forward pass are NaN"):
         loss = loss_of(model, family.batch())
     assert loss.isnan()
@@ -755,8 +763,8 @@ def test_a_peak_inside_the_chain_reaches_the_loss(family, engine):
     """A state that leaves the range and comes back, as it would unseen in wrapping integers."""
     model = family.build(6, beta=1.0, backward_engine=engine)
     with torch.no_grad():
-        layers(model)[4].attention.output.dense.bias[3] = -20000
-        layers(model)[5].attention.output.dense.bias[3] = 20000
+        linears(layers(model)[4])[-3].bias[3] = -20000
+        linears(layers(model)[5])[-3].bias[3] = 20000
     with pytest.warns(UserWarning, match="reached 2e\\+04, and at grid_bits=16 they have to stay below 16384"):
         assert loss_of(model, family.batch()).isnan()
 
@@ -774,7 +782,7 @@ def test_a_nan_reaches_a_loss_on_what_a_hook_sees(family):
     model = family.build(4, beta=0.5)
     kept = []
     with torch.no_grad():
-        layers(model)[1].output.dense.bias[1] = float("nan")
+        linears(layers(model)[1])[-1].bias[1] = float("nan")
     layers(model)[2].register_forward_hook(lambda module, args, output: kept.append(output))
     with pytest.warns(UserWarning, match="held an infinity or a NaN"):
         model(**family.batch())
@@ -812,7 +820,7 @@ def test_two_models_in_two_threads(engine):
 def test_a_thread_that_draws_random_numbers_is_noticed(family, engine):
     """Its draws go between those of a step's two dropouts, so that the step cannot be replayed."""
     model, batch = family.build(4, 0.3, beta=0.5), family.batch()
-    dense, original = layers(model)[1].output.dense, layers(model)[1].output.dense.forward
+    dense, original = linears(layers(model)[1])[-1], linears(layers(model)[1])[-1].forward
     calls = []
 
     def forward(x):
@@ -911,7 +919,7 @@ def test_a_failed_step_leaves_no_memory_behind(family, engine, fail):
         loss = loss_of(model, batch)
         if fail == "modified parameter":
             with torch.no_grad():
-                layers(model)[2].output.dense.weight.mul_(1.0)
+                linears(layers(model)[2])[-1].weight.mul_(1.0)
         with pytest.raises(RuntimeError):
             loss.backward(create_graph=fail == "create_graph")
 

@@ -1,11 +1,12 @@
 """Options are checked where they are given, and say what they could be."""
 
 import logging
+from functools import cache
 
 import pytest
 import torch
 import transformers
-from families import FAMILIES, assert_same, step
+from families import FAMILIES, assert_same, linears, step
 
 import hf_pareprop as hp
 from hf_pareprop.plan import CONVERTED_BETA, parse_budget, parse_size
@@ -56,12 +57,15 @@ WRONG = [
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory):
-    """Folders of stock checkpoints, by family."""
-    folders = {}
-    for name, family in FAMILIES.items():
-        folders[name] = tmp_path_factory.mktemp(name)
-        family.build_stock(2).save_pretrained(folders[name])
-    return folders
+    """From the name of a family to the folder of a stock checkpoint."""
+
+    @cache
+    def folder(name):
+        path = tmp_path_factory.mktemp(name)
+        FAMILIES[name].build_stock(2).save_pretrained(path)
+        return path
+
+    return folder
 
 
 @pytest.mark.parametrize("text", BUDGETS)
@@ -92,7 +96,7 @@ def test_where_a_wrong_option_is_refused(name, stock, field, value):
     with pytest.raises(ValueError, match=f"{field}=|beta has 1 entries"):
         family.config(**family.config_fields(2, 0.0), **given)
     with pytest.raises(ValueError, match=f"{field}=|beta has 1 entries"):
-        family.model.from_pretrained(stock[name], **given)
+        family.model.from_pretrained(stock(name), **given)
     with pytest.raises(ValueError, match=f"{field}=|beta has 1 entries"):
         hp.to_reversible(family.build_stock(2), **given)
     config = family.config(**family.config_fields(2, 0.0))
@@ -117,7 +121,7 @@ def test_fields_of_earlier_versions(name, stock, field, value):
     with pytest.raises(ValueError, match=f"{field}={value}: there is no such field"):
         family.config(**family.config_fields(2, 0.0), **{field: value})
     with pytest.raises(ValueError, match=f"{field}={value}: there is no such field"):
-        family.model.from_pretrained(stock[name], **{field: value})
+        family.model.from_pretrained(stock(name), **{field: value})
 
 
 def test_setters_and_the_callback(family):
@@ -137,9 +141,9 @@ def test_setters_and_the_callback(family):
 def test_one_default_of_beta_for_weights_of_a_stock_model(name, stock):
     family = FAMILIES[name]
     assert CONVERTED_BETA == 1 / 32
-    assert family.model.from_pretrained(stock[name]).config.beta == 1 / 32
+    assert family.model.from_pretrained(stock(name)).config.beta == 1 / 32
     assert hp.to_reversible(family.build_stock(2)).config.beta == 1 / 32
-    assert hp.to_reversible(str(stock[name])).config.beta == 1 / 32
+    assert hp.to_reversible(str(stock(name))).config.beta == 1 / 32
     assert family.config(**family.config_fields(2, 0.0)).beta == 1
 
 
@@ -160,8 +164,8 @@ def test_gradient_checkpointing(family, beta, conventional, caplog):
     model, batch = family.build(3, 0.1, beta=beta), family.batch()
     reference = step(model, batch, "reprop")[1]
     runs = []
-    for layer in model.base_model.encoder.layer:
-        dense = layer.attention.output.dense
+    for layer in model.encoder_layers:
+        dense = linears(layer)[-3]
         dense.forward = lambda x, original=dense.forward: runs.append(1) or original(x)
     step(model, batch, "reprop")
     without = len(runs)

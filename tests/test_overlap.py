@@ -4,7 +4,7 @@ import time
 
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, linears
 from tracing import GRADIENTS, REBUILD, Span, busy, hidden_share, host_synchronisations, length, spans_of, traced
 
 from hf_pareprop.tools.compare import resized
@@ -89,7 +89,7 @@ def test_calls_that_make_the_host_wait_are_found():
 
 def model_and_batch(family, engine, device):
     """Of a size at which a thread's start is nothing beside a step."""
-    model = FAMILIES[family].build(depth=4, backward_engine=engine, beta=0.5, hidden_size=128, intermediate_size=512)
+    model = FAMILIES[family].build(depth=4, backward_engine=engine, beta=0.5, wider=4, mlp_ratio=4)
     batch = {name: tensor.to(device) for name, tensor in resized(FAMILIES[family].batch(), 64).items()}
     return model.to(device), batch
 
@@ -110,8 +110,8 @@ class Slow(torch.autograd.Function):
 
 def slow_down(model):
     """Make both steps of every layer slow."""
-    for layer in model.base_model.encoder.layer:
-        for dense in (layer.attention.output.dense, layer.output.dense):
+    for layer in model.encoder_layers:
+        for dense in linears(layer)[-3::2]:
             dense.forward = lambda x, original=dense.forward: Slow.apply(original(x))
 
 

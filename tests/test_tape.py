@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from families import FAMILIES, assert_same, gradients, step
+from families import FAMILIES, adaptable, assert_same, gradients, linears, put, step
 
 from hf_pareprop.layer_call import named_parameters_of
 from hf_pareprop.observer import Observer, observing
@@ -103,16 +103,22 @@ class SideBits(Observer):
 def test_side_bits_live_from_the_forward_to_their_step(family, engine, side_bits):
     """So many bits per element and step, freed as steps are undone: unless the graph is retained."""
     model, batch, observer = family.build(3, beta=2**-side_bits), family.batch(), SideBits()
+    sizes = []  # of every step
+
+    def count(layer, args):
+        size = sum(-(-args[0].numel() * width // 8) for width in (4, 1, 8) if width & side_bits)
+        sizes.extend((size, size))
+
+    for layer in model.encoder_layers:
+        layer.register_forward_pre_hook(count)
     with observing(observer):
         (loss,) = losses_in(model, engine, batch)
-    tokens = 11 if "input_ids" in batch else 10
-    size = sum(-(-3 * tokens * 32 * width // 8) for width in (4, 1, 8) if width & side_bits)
-    assert observer.held() == 6 * size
+    assert observer.held() == sum(sizes)
     loss.backward(retain_graph=True)
-    assert observer.after_rebuilds == [6 * size] * 6
+    assert observer.after_rebuilds == [sum(sizes)] * 6
     observer.after_rebuilds.clear()
     loss.backward()
-    assert observer.after_rebuilds == [n * size for n in (6, 5, 4, 3, 2, 1)] and observer.held() == 0
+    assert observer.after_rebuilds == [sum(sizes[:n]) for n in (6, 5, 4, 3, 2, 1)] and observer.held() == 0
 
 
 def test_a_freed_graph_is_noticed(family, engine):
@@ -188,7 +194,7 @@ def test_an_exception_in_a_rebuild(family, engine):
     def fail(module, args, output):
         raise Trouble
 
-    handle = model.base_model.encoder.layer[1].attention.register_forward_hook(fail)
+    handle = linears(model.encoder_layers[1])[-3].register_forward_hook(fail)
     with pytest.raises(Trouble):
         loss.backward()
     handle.remove()
@@ -238,14 +244,14 @@ def test_a_modified_parameter_is_noticed(family, engine):
     model = family.build(2, beta=0.5)
     (loss,) = losses_in(model, engine, family.batch())
     with torch.no_grad():
-        model.base_model.encoder.layer[0].output.dense.weight.mul_(1.1)
+        linears(model.encoder_layers[0])[-1].weight.mul_(1.1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
 def test_a_hook_on_a_parameter_runs_once(family, engine):
     model, batch = family.build(3, 0.1, beta=0.5), family.batch()
-    parameter = model.base_model.encoder.layer[1].output.dense.weight
+    parameter = linears(model.encoder_layers[1])[-1].weight
     calls = []
     parameter.register_hook(lambda grad: calls.append(1) or grad * 2)
     reference = step(model, batch, "autograd")[1]
@@ -272,9 +278,9 @@ def test_optimizer_in_the_backward(family, engine):
 def test_tied_layers(family, engine):
     """One layer's parameters used by another."""
     model, batch = family.build(3, 0.1, beta=0.5), family.batch()
-    layers = model.base_model.encoder.layer
-    layers[2].output.dense = layers[0].output.dense
-    layers[2].attention = layers[1].attention
+    _, lower, upper = model.encoder_layers
+    put(upper, -1, linears(lower)[-1])
+    put(upper, -3, linears(lower)[-3])
     reference, again = step(model, batch, "autograd")[1], step(model, batch, engine)[1]
     assert reference.keys() == again.keys()
     for name, grad in reference.items():
@@ -287,7 +293,7 @@ def test_lora(family, engine):
 
     model, batch = family.build(3, 0.1, beta=0.5), family.batch()
     torch.manual_seed(1)
-    model = get_peft_model(model, LoraConfig(target_modules=["query", "value"], lora_dropout=0.1, r=4))
+    model = get_peft_model(model, LoraConfig(target_modules=adaptable(model), lora_dropout=0.1, r=4))
     for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -345,10 +351,10 @@ def test_nothing_outlives_the_graph(family, engine):
 
 def test_parameters_of_a_data_parallel_replica(family):
     """nn.DataParallel's replicas have no registered parameters; missing them would lose gradients silently."""
-    layer = family.build(1).base_model.encoder.layer[0]
+    layer = family.build(1).encoder_layers[0]
     names = list(named_parameters_of(layer))
     assert names == [name for name, _ in layer.named_parameters()]
-    dense = layer.output.dense
+    dense = linears(layer)[-1]
     replica = dense._replicate_for_data_parallel()
     replica._former_parameters = dict(dense._parameters)
     assert list(named_parameters_of(replica)) == ["weight", "bias"]
@@ -357,7 +363,7 @@ def test_parameters_of_a_data_parallel_replica(family):
 def test_states_that_something_casts_are_refused(family):
     """FSDP2 with mixed precision casts the inputs of layers; the states would no longer be the ones that were returned."""
     model = family.build(3, beta=0.5)
-    layer = model.base_model.encoder.layer[1]
+    layer = model.encoder_layers[1]
     layer.register_forward_pre_hook(lambda module, args: (args[0].to(torch.bfloat16), *args[1:]))
     with pytest.raises(RuntimeError, match="cast_forward_inputs=False"):
         model(**family.batch())

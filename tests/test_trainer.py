@@ -22,7 +22,7 @@ class Samples(Dataset):
                 tokens = row["attention_mask"].bool()
                 row["input_ids"][tokens] = torch.randint(4, 61, (int(tokens.sum()),), generator=noise)
             else:
-                row["pixel_values"] = torch.randn(3, 12, 12, generator=noise)
+                row["pixel_values"] = torch.randn(row["pixel_values"].shape, generator=noise)
             self.rows.append(row)
 
     def __len__(self):

@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 
 from ..modeling_reversible import ReversiblePreTrainedModel
 from ..version import __version__
+from .records import layers_in_words, width_of
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
@@ -54,8 +55,8 @@ def model_card(
         package_version=__version__,
         base_model=base_model,
         beta=config.beta,
-        num_hidden_layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
+        layers=layers_in_words(config),
+        width=width_of(config),
         grid_bits=config.grid_bits,
         dataset=dataset,
         training=training,

@@ -20,7 +20,7 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from ..modeling_reversible import ReversiblePreTrainedModel
-from .architectures import architecture_of
+from .families import MODEL_CLASSES, architecture_of
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.*", "*.bpe.model", "spiece.model")
 
@@ -156,15 +156,12 @@ def reversible_class(source: Source) -> type[ReversiblePreTrainedModel]:
     Raises:
         CheckpointError: it names none.
     """
-    import hf_pareprop
-
-    cls = getattr(hf_pareprop, source.class_name, None)
-    if not (isinstance(cls, type) and issubclass(cls, ReversiblePreTrainedModel)):
+    if source.class_name not in MODEL_CLASSES:
         raise CheckpointError(
             f"{source.name} holds a {source.class_name or source.model_type or 'model of no named class'}, which is not a "
             "reversible model of this package: convert it first with hf-pareprop convert."
         )
-    return cls
+    return MODEL_CLASSES[source.class_name]
 
 
 def _is_pickled(source: Source, allow_pickle: bool) -> bool:

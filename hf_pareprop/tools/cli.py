@@ -12,10 +12,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..lanes import side_lane
-from ..modeling_rev_mvit import RevMViTPreTrainedModel
 from ..modeling_reversible import ReversiblePreTrainedModel
 from ..plan import CONVERTED_BETA, DEFAULT_GRID_BITS, parse_size
-from .architectures import architecture_of
 from .bench import (
     batch_for,
     contenders,
@@ -31,12 +29,13 @@ from .budget import bit_budget
 from .cards import model_card
 from .checkpoint import CheckpointError, copy_companions, load_reversible, load_stock, open_source, whole_directory
 from .compare import Comparison, memory_of
-from .convert import to_reversible, to_stock
+from .contenders import to_plain
+from .convert import architecture_behind, reversible_config, to_reversible
+from .families import architecture_of
 from .fidelity import Fidelity, fidelity
 from .inputs import random_batch, real_batches
 from .memory import memory_growth
-from .records import device_name, size_in_words, software
-from .timm_checkpoint import conventional, save_timm_checkpoint, timm_config
+from .records import device_name, layers_in_words, size_in_words, software, width_of
 from .verify import verify as verify_step
 
 TIMING_SECONDS = 120.0
@@ -93,13 +92,14 @@ def convert(
     _check_target(source.folder, out, overwrite)
     loaded = load_stock(source, dtype=dtype, allow_pickle=allow_pickle)
     stock = loaded.model
-    depth = stock.config.num_hidden_layers
+    architecture, head = architecture_of(type(stock).__name__)
+    depth = sum(reversible_config(stock.config, architecture, head, {}).stage_depths)
     chosen = set(range(depth)) if layers is None else _layers(layers, depth)
     betas = beta if len(chosen) == depth else [beta if i in chosen else 0.0 for i in range(depth)]
     model = to_reversible(stock, beta=betas, grid_bits=grid_bits)
-    _say("from", f"{src}: {_describe(stock)}")
+    _say("from", f"{src}: {_describe(stock, model.config)}")
     _say("to", f"{type(model).__name__}, {len(model.state_dict())} tensors mapped")
-    if rows := architecture_of(type(stock).__name__)[0].reserved_rows(stock.config):
+    if rows := architecture.reserved_rows(stock.config):
         _say("", f"positions moved by {rows} rows: RoBERTa counts them from the padding token")
     for note in loaded.notes:
         _say("", note)
@@ -128,17 +128,17 @@ def export(
     overwrite: Overwrite = False,
     max_shard_size: Shards = "5GB",
 ) -> None:
-    """Make a stock checkpoint of a reversible one, for plain transformers or, of an MViT, for timm.
+    """Make a stock checkpoint of a reversible one, for plain transformers, or for timm if that has the stock model.
 
     The fidelity is measured on --calibrate, or else on random inputs, which say little about real ones.
     """
     source = open_source(src)
     _check_target(source.folder, out, overwrite)
     model: Any = load_reversible(source, dtype=dtype).model
-    for_timm = isinstance(model, RevMViTPreTrainedModel)
-    stock = conventional(model) if for_timm else to_stock(model)
+    library = architecture_behind(type(model), model.config).library
+    stock = to_plain(model)
     _say("from", f"{src}: {_describe(model)}")
-    target = f"timm's {timm_config(model)['architecture']}" if for_timm else type(stock).__name__
+    target = type(stock).__name__ if library is None else f"{library.name}'s {library.model_name(model)}"
     _say("to", f"{target}, {len(stock.state_dict())} tensors mapped")
     if calibrate is not None:
         measured, where = fidelity(model, stock, real_batches(source, model, calibrate)), str(calibrate)
@@ -151,10 +151,10 @@ def export(
     if any(plan.reversible for plan in model.config.layer_plans()):
         _say("", "the weights were trained with a beta above 0, the stock model is beta=0: see BetaSchedule.anneal")
     with whole_directory(out, overwrite) as folder:
-        if for_timm:
-            save_timm_checkpoint(model, folder, processor=source.folder / "preprocessor_config.json")
-        else:
+        if library is None:
             stock.save_pretrained(folder, max_shard_size=max_shard_size)
+        else:
+            library.save(model, folder, source.folder / "preprocessor_config.json")
         copied = copy_companions(source, folder, stock.config.model_type)
     _say("copied", ", ".join(copied) or "no tokenizer or image processor: there was none")
     _say("wrote", f"{out}")
@@ -246,7 +246,7 @@ def bench(
     batch = batch_for(source, subject, data, batch_size, max_length)
     comparison = Comparison(subject, batch, where, bf16, cap)
     title = (
-        f"{Path(model_name).name}: {subject.model_class.__name__}, {subject.config.num_hidden_layers} layers, on "
+        f"{Path(model_name).name}: {subject.model_class.__name__}, {layers_in_words(subject.config)} layers, on "
         f"{device_name(where)}, {'bf16 autocast' if bf16 else 'fp32'}, "
         + ", ".join(f"{name} {tuple(value.shape[1:])}" for name, value in batch.items() if value.dim() > 1)
     )
@@ -301,10 +301,15 @@ def _check_target(folder: Path, out: Path, overwrite: bool) -> None:
         raise CheckpointError(f"{out} exists: name another directory, or add --overwrite to replace it.")
 
 
-def _describe(model: PreTrainedModel) -> str:
-    config, millions = model.config, sum(p.numel() for p in model.parameters()) / 1e6
+def _describe(model: PreTrainedModel, config: Any = None) -> str:
+    """
+    Args:
+        config: of the reversible twin, if ``model`` is a stock model, which does not say how many layers it has.
+    """
+    config, millions = config or model.config, sum(p.numel() for p in model.parameters()) / 1e6
     dtype = str(model.dtype).removeprefix("torch.")
-    return f"{type(model).__name__}, {config.num_hidden_layers} layers, {config.hidden_size} wide, {millions:.1f} M, {dtype}"
+    size = f"{layers_in_words(config)} layers, {width_of(config)} wide, {millions:.1f} M"
+    return f"{type(model).__name__}, {size}, {dtype}"
 
 
 def _card(model: ReversiblePreTrainedModel, name: str, src: str, measured: Fidelity | None):

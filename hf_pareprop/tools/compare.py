@@ -158,7 +158,7 @@ class Comparison:
 
     def most_retained(self, contender: Contender, size: int) -> int:
         """How many layers' graphs a reversible contender can keep within the cap by prediction, at a batch size."""
-        low, high = 0, self._subject.config.num_hidden_layers
+        low, high = 0, sum(self._subject.config.stage_depths)
         while low < high:
             middle = (low + high + 1) // 2
             fits = self.predict(contender.retaining(middle), size).total <= self.cap

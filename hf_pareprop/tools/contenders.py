@@ -1,4 +1,8 @@
-"""What a user could train with: the stock model in several ways, and its reversible twin with several engines."""
+"""What a user could train with: the stock model in several ways, and its reversible twin with several engines.
+
+A family that has no stock classes in transformers is trained plainly as the reversible class itself, with no layer
+reversible (`beta=0`) and the engine `autograd`: that computes and stores what a stock model would.
+"""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -11,8 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..modeling_reversible import ReversiblePreTrainedModel
-from .architectures import architecture_of
-from .convert import reversible_config, stock_twin, to_stock
+from .convert import architecture_behind, reversible_config, stock_twin, to_stock
+from .families import architecture_of
 
 Batch = Mapping[str, Any]
 
@@ -26,7 +30,7 @@ class Contender:
 
     Attributes:
         name: for people.
-        engine: of the reversible model; ``None`` is the stock model.
+        engine: of the reversible model; ``None`` is plain training, of the stock model.
         beta: of the reversible model.
         budget: of memory, by which its last layers keep graphs and results of linear layers.
         checkpointing: activation checkpointing of every layer, as ``gradient_checkpointing=True`` does it.
@@ -43,7 +47,7 @@ class Contender:
     compiled: bool = False
 
     def prepare(self, model: Any) -> None:
-        """Have ``model``, stock or reversible as this contender is, work this way from the next forward pass on."""
+        """Have ``model``, plain or reversible as this contender is, work this way from the next forward pass on."""
         if self.engine is not None:
             model.set_backward_engine(self.engine)
             model.set_beta(self.beta)
@@ -67,7 +71,7 @@ class Contender:
 
 
 def _checkpoint(model: Any, on: bool) -> None:
-    """Switch activation checkpointing of a stock model, which transformers 5.23 renamed."""
+    """Switch activation checkpointing of a model's layers, which transformers 5.23 renamed."""
     name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     if getattr(model, f"is_{name}_checkpointing") == on:
         return
@@ -97,6 +101,26 @@ def with_free_budget(ways: Sequence[Contender]) -> tuple[Contender, ...]:
     )
 
 
+def plain_twin(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig
+) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    """The class and the configuration of what plain training trains instead of a reversible model."""
+    if architecture_behind(model_class, config).has_stock_classes:
+        return stock_twin(model_class, config)[1:]
+    plain: Any = copy.deepcopy(config)
+    plain.beta, plain.backward_engine, plain.memory_budget = 0.0, "autograd", None
+    return model_class, plain
+
+
+def to_plain(model: Any) -> Any:
+    """What plain training trains instead of a reversible model, with the same weights."""
+    if architecture_behind(type(model), model.config).has_stock_classes:
+        return to_stock(model)
+    plain = copy.deepcopy(model)
+    Contender("plain", engine="autograd", beta=0.0).prepare(plain)
+    return plain
+
+
 @dataclass(frozen=True)
 class Subject:
     """What is trained: a reversible class with a configuration, which its stock twin follows from; any weights."""
@@ -123,7 +147,7 @@ class Subject:
         model_class: type[PreTrainedModel] = self.model_class
         config = self.config
         if contender.engine is None:
-            _, model_class, config = stock_twin(self.model_class, config)
+            model_class, config = plain_twin(self.model_class, config)
         model: PreTrainedModel = model_class._from_config(copy.deepcopy(config), attn_implementation="sdpa")
         contender.prepare(model)
         return model.train()
@@ -143,9 +167,9 @@ def forward_backward(model: Callable[..., Any], batch: Batch, contender: Contend
 
 
 class Twins:
-    """Stock models and their reversible twin with the same tensors for weights, trained by the same optimizer.
+    """Plain models and their reversible twin with the same tensors for weights, trained by the same optimizer.
 
-    So contenders can take turns, each with all the memory that it would have alone. There is a stock model each for
+    So contenders can take turns, each with all the memory that it would have alone. There is a plain model each for
     those that change a model for good: checkpointing adds hooks to it, and compiled code depends on what hooks there are.
     """
 
@@ -155,19 +179,20 @@ class Twins:
         )
         self.reversible.to(device).train()
         self.device = device
-        self._architecture, self._stock_class, _ = stock_twin(subject.model_class, subject.config)
+        self._architecture = architecture_behind(subject.model_class, subject.config)
+        self._head = self._architecture.head_of(subject.model_class)
         self._models: dict[tuple[bool, bool], Any] = {}
         self._pairs: dict[Any, list[tuple[torch.nn.Parameter, torch.nn.Parameter]]] = {}
-        self.stock = self._stock_model(STOCK)
-        own = dict(self.stock.named_parameters())
-        self._pairs[self.reversible] = [(own[name], twin) for name, twin in self._twins(self.stock).items()]
-        self._optimizer = make_optimizer(self.stock)
+        self.plain = self._plain_model(STOCK)
+        own = dict(self.plain.named_parameters())
+        self._pairs[self.reversible] = [(own[name], twin) for name, twin in self._twins(self.plain).items()]
+        self._optimizer = make_optimizer(self.plain)
         self._retentions: dict[Contender, Any] = {}
         self._compiled: Any = None
 
     def step(self, contender: Contender, batch: Batch, bf16: bool) -> None:
         """One training step: forward, backward, optimizer, gradients freed."""
-        model = self._stock_model(contender) if contender.engine is None else self.reversible
+        model = self._plain_model(contender) if contender.engine is None else self.reversible
         contender.prepare(model)
         if contender.engine is not None:  # its own, which remembers what was measured
             base = model.base_model
@@ -184,15 +209,15 @@ class Twins:
 
     def static_bytes(self) -> int:
         """What lies in memory between two steps: weights, buffers, and the optimizer's state once it has run."""
-        tensors = [*self.reversible.parameters(), *self.stock.buffers()]
+        tensors = [*self.reversible.parameters(), *self.plain.buffers()]
         for state in self._optimizer.state.values():
             tensors += [value for value in state.values() if isinstance(value, Tensor)]
         return sum(tensor.nbytes for tensor in tensors)
 
-    def _stock_model(self, contender: Contender) -> Any:
+    def _plain_model(self, contender: Contender) -> Any:
         key = contender.checkpointing, contender.compiled
         if key not in self._models:
-            model: Any = to_stock(self.reversible)
+            model: Any = to_plain(self.reversible)
             used = dict(model.named_parameters())
             for name, twin in self._twins(model).items():
                 used[name].data = twin.data[
@@ -203,12 +228,11 @@ class Twins:
             self._pairs[model] = [(own[name], parameter) for name, parameter in used.items()]
         return self._models[key]
 
-    def _twins(self, stock: Any) -> dict[str, torch.nn.Parameter]:
-        """The reversible model's parameters by the names of a stock model."""
+    def _twins(self, plain: Any) -> dict[str, torch.nn.Parameter]:
+        """The reversible model's parameters by the names of a plain model."""
         given = dict(self.reversible.named_parameters(remove_duplicate=False))
-        head = self._stock_class.__name__.removeprefix(self._architecture.prefix)
-        names = (name for name, _ in stock.named_parameters())
-        return {name: given[self._architecture.reversible_name(name, head, given)] for name in names}
+        names = (name for name, _ in plain.named_parameters())
+        return {name: given[self._architecture.reversible_name(name, self._head, given)] for name in names}
 
     def _callable(self, contender: Contender, model: Any, batch: Batch, bf16: bool) -> Any:
         if not contender.compiled:

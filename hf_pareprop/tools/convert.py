@@ -12,7 +12,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..configuration_reversible import ReversibleConfig
 from ..modeling_reversible import ReversiblePreTrainedModel
 from ..plan import CONVERTED_BETA
-from .architectures import ARCHITECTURES, Architecture, architecture_of
+from .architectures import Architecture
+from .families import ARCHITECTURES, architecture_of
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -68,10 +69,10 @@ def to_stock(model: ReversiblePreTrainedModel) -> PreTrainedModel:
     The result computes what ``model`` computes at ``beta=0``; at another beta the outputs differ.
 
     Raises:
-        ValueError: ``model`` is not a reversible model of this package.
+        ValueError: ``model`` is not a reversible model of this package, or transformers has no stock class for it.
     """
     architecture, cls, config = stock_twin(type(model), model.config)
-    head = cls.__name__.removeprefix(architecture.prefix)
+    head = architecture.head_of(type(model))
     target = _like(model, cls, config)
     wanted, given = target.state_dict(keep_vars=True), model.state_dict(keep_vars=True)
     names = {name: architecture.reversible_name(name, head, given) for name in wanted}
@@ -111,10 +112,8 @@ def reversible_config(
     return result
 
 
-def stock_twin(
-    model_class: type[PreTrainedModel], config: PreTrainedConfig
-) -> tuple[Architecture, type[PreTrainedModel], PreTrainedConfig]:
-    """The architecture, the class and the configuration of the stock twin of a reversible model.
+def architecture_behind(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Architecture:
+    """The stock models that a reversible model belongs to.
 
     Raises:
         ValueError: ``model_class`` is not a reversible model of this package.
@@ -123,6 +122,18 @@ def stock_twin(
     architecture = ARCHITECTURES.get(str(model_type).removeprefix("rev_"))
     if architecture is None or not hasattr(config, "beta"):
         raise ValueError(f"{model_class.__name__} is not a reversible model of this package.")
+    return architecture
+
+
+def stock_twin(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig
+) -> tuple[Architecture, type[PreTrainedModel], PreTrainedConfig]:
+    """The architecture, the class and the configuration of the stock twin of a reversible model.
+
+    Raises:
+        ValueError: ``model_class`` is not a reversible model of this package, or transformers has no stock class for it.
+    """
+    architecture = architecture_behind(model_class, config)
     cls = architecture.stock_class(model_class)
     return architecture, cls, _stock_config(config, architecture, cls)
 

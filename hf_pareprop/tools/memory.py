@@ -53,7 +53,8 @@ class Growth:
 
 def memory_growth(model: ReversiblePreTrainedModel, batch: Mapping[str, Any]) -> Growth:
     """Measured on copies of the model with random weights: of half and of the whole depth (four at least) for its
-    engine, and of one and two layers for ``autograd``, which may not fit at the whole depth.
+    engine, and of one and two layers for ``autograd``, which may not fit at the whole depth. Where there are stages,
+    the deepest one has so many layers, and every other stage has one.
 
     Every layer is reversible in them, at the smallest ``beta`` of the model that is not 0: conventional layers store
     activations, of which there is nothing to measure.
@@ -68,7 +69,7 @@ def memory_growth(model: ReversiblePreTrainedModel, batch: Mapping[str, Any]) ->
     engine = config.backward_engine
     if model.device.type == "cpu" and engine == "pareprop":
         engine = "reprop"
-    deep = max(4, config.num_hidden_layers)  # from one layer to two more changes than the depth
+    deep = max(4, *config.stage_depths)  # from one layer to two more changes than the depth
     shallow = deep // 2
 
     def peak(depth: int, name: str) -> int:
@@ -80,9 +81,11 @@ def memory_growth(model: ReversiblePreTrainedModel, batch: Mapping[str, Any]) ->
 
 def _peak_of(model, batch: Mapping[str, Any], depth: int, beta: float, engine: str) -> int:
     config = copy.deepcopy(model.config)
-    config.num_hidden_layers, config.beta, config.backward_engine = depth, beta, engine
+    fields = config.depth_fields(depth, len(config.stage_depths))
+    fields |= {"beta": beta, "backward_engine": engine, "memory_budget": None}
+    for name, value in fields.items():
+        setattr(config, name, value)
     with torch.random.fork_rng():
-        config.memory_budget = None
         like = type(model)._from_config(config, dtype=model.dtype).to(model.device).train()
         # The gradient of a large table, made at the end of the backward, would hide all that happens before it.
         like.get_input_embeddings().requires_grad_(False)

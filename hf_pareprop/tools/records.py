@@ -86,6 +86,17 @@ def number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
+def layers_in_words(config: Any) -> str:
+    """How many layers a reversible configuration has, and in which stages: `12`, or `12 (2 + 2 + 6 + 2)`."""
+    depths = config.stage_depths
+    return f"{sum(depths)} ({' + '.join(map(str, depths))})" if len(depths) > 1 else str(depths[0])
+
+
+def width_of(config: Any) -> int:
+    """The width of the hidden states; of the first stage, where each stage has another."""
+    return getattr(config, "embed_dim", None) or config.hidden_size
+
+
 def slug(name: str) -> str:
     """``name`` as a part of a file's name."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

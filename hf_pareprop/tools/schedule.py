@@ -55,7 +55,7 @@ class BetaSchedule(TrainerCallback):
             )
         reversible = reversible_in(model)
         config = reversible.config
-        self._own = betas_per_layer(config.beta, config.num_hidden_layers)
+        self._own = betas_per_layer(config.beta, sum(config.stage_depths))
         own = config.beta
         for fraction in self.caps:  # a stage that cannot be is refused now, not in mid-training
             reversible.set_beta(self.beta(fraction))

@@ -1,7 +1,6 @@
 """Checkpoints of timm, which `timm.create_model("local-dir:FOLDER", pretrained=True)` and transformers' TimmWrapper read."""
 
 import json
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from safetensors.torch import save_file
 
 from ..configuration_rev_mvit import ARCHITECTURES
 from ..modeling_rev_mvit import RevMViTPreTrainedModel
+from .architectures import Library
 
 PRETRAINED_CFG: dict[str, Any] = {
     "custom_load": False,
@@ -89,8 +89,4 @@ def timm_config(model: RevMViTPreTrainedModel) -> dict[str, Any]:
     return {**result, "pretrained_cfg": cfg}
 
 
-def conventional(model: RevMViTPreTrainedModel) -> RevMViTPreTrainedModel:
-    """A copy at ``beta=0``, which computes what the timm model computes."""
-    copy = deepcopy(model)
-    copy.set_beta(0.0)
-    return copy
+TIMM = Library("timm", lambda model: str(timm_config(model)["architecture"]), save_timm_checkpoint)
