@@ -3,7 +3,6 @@
 # mypy: disable-error-code="override,arg-type,union-attr,operator,assignment,return-value,misc"
 # Stock configurations type as optional what is always set, and module attributes as Tensor | Module.
 from collections import OrderedDict
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,10 +17,8 @@ from .blocks import Encoder, Layer, check_channels
 from .configuration_rev_mvit import PATCH, BlockShape, RevMViTConfig
 from .heads import ForImageClassification
 from .modeling_reversible import HiddenState, ReversiblePreTrainedModel
-from .tape import Tape
-
-Grid = tuple[int, int]
-"""Rows and columns of patches."""
+from .pooling import distances, pooled
+from .tape import Grid, Tape
 
 
 class RevMViTPatchEmbeddings(nn.Module):
@@ -42,25 +39,6 @@ class RevMViTPatchEmbeddings(nn.Module):
                 "relative positions are of that size: resize the images."
             )
         return self.proj(pixel_values.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
-
-
-def pooled(states: Tensor, prefix_length: int, grid: Grid, pool: Callable[[Tensor], Tensor]) -> tuple[Tensor, Grid]:
-    """Patches `(..., patches, width)` pooled to a coarser grid, and that grid. A CLS token before them stays as it is."""
-    prefix, patches = states[..., :prefix_length, :], states[..., prefix_length:, :]
-    planes = pool(patches.reshape(-1, *grid, states.shape[-1]).permute(0, 3, 1, 2).contiguous())
-    patches = planes.reshape(*states.shape[:-2], states.shape[-1], -1).transpose(-1, -2)
-    return torch.cat((prefix, patches), dim=-2) if prefix_length else patches, tuple(planes.shape[2:])
-
-
-def distances(queries: int, keys: int, device: torch.device) -> Tensor:
-    """The row of a table of relative positions for every query and key along one axis, `(queries, keys)`.
-
-    Distances are in steps of the finer of the two grids.
-    """
-    query_step, key_step = max(keys / queries, 1.0), max(queries / keys, 1.0)
-    at_query = torch.arange(queries, device=device, dtype=torch.float32).unsqueeze(-1) * query_step
-    at_key = torch.arange(keys, device=device, dtype=torch.float32).unsqueeze(0) * key_step
-    return (at_query - at_key + (keys - 1) * key_step).long()
 
 
 class RevMViTAttention(nn.Module):

@@ -32,8 +32,8 @@ from .heads import (
     StagedModelOutput,
 )
 from .modeling_reversible import HiddenState, ReversiblePreTrainedModel, requested
-from .tape import Tape
-from .windows import Grid, image_of, shift_mask, windows_of
+from .tape import Grid, Tape
+from .windows import image_of, shift_mask, windows_of
 
 
 class RevSwinPatchEmbeddings(PatchEmbeddings):

@@ -23,6 +23,9 @@ from .retention import Retention, RetentionPlan
 from .torch_private import in_functorch, shares_memory, version_of
 from .transition import Transition, TransitionCall
 
+Grid = tuple[int, int]
+"""Rows and columns of patches."""
+
 
 class Tape:
     """One forward pass: the pair of states that it has come to, and how many layers it has run.
@@ -45,7 +48,7 @@ class Tape:
 
     dtype: torch.dtype
     norm: tuple[nn.Module | None, tuple[Tensor, ...]] = (None, ())
-    grid: tuple[int, int]
+    grid: Grid
 
     def __init__(
         self,

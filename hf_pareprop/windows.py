@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-Grid = tuple[int, int]
-"""Rows and columns of patches."""
+from .tape import Grid
 
 
 def windows_of(image: Tensor, window: int) -> Tensor:
