@@ -2,6 +2,7 @@
 
 # mypy: disable-error-code="arg-type"
 # Fields that an architecture gives are optional where they are given, and always set afterwards.
+import struct
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -219,6 +220,19 @@ class RevMViTConfig(ReversibleConfig):
                 width, side = out, side // stride
         return found
 
+    def drop_path_rates(self) -> list[float]:
+        """Of every block: from 0 to `drop_path_rate`, rounded to fp32 as `torch.linspace` does for timm's models.
+
+        Without a tensor, because a model is also made where tensors have no values.
+        """
+        last, end = max(1, self.num_hidden_layers - 1), _single(self.drop_path_rate)
+        step = _single(end / last)
+        middle = self.num_hidden_layers // 2
+        return [
+            _single(step * i if i < middle or not i else end - step * (last - i))
+            for i in range(self.num_hidden_layers)
+        ]
+
     @classmethod
     def stock_dict(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
         return config_dict  # the stock class of transformers would ask timm for the names of labels
@@ -263,6 +277,12 @@ def check_architecture(name: Any) -> None:
     """
     if name not in ARCHITECTURES:
         raise ValueError(f"architecture={name!r} is not an MViTv2 of timm: take one of {', '.join(ARCHITECTURES)}.")
+
+
+def _single(value: float) -> float:
+    """The nearest number in fp32."""
+    found: float = struct.unpack("f", struct.pack("f", value))[0]
+    return found
 
 
 def _per_stage(value: int | Sequence[int], stages: int) -> tuple[int, ...]:

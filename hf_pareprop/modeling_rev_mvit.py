@@ -144,10 +144,9 @@ class RevMViTEncoder(Encoder):
 
     def __init__(self, config: RevMViTConfig):
         super().__init__(config)
-        # On the CPU and in fp32, whatever the model is made on and in.
-        rates = iter(torch.linspace(0, config.drop_path_rate, sum(config.depths), device="cpu", dtype=torch.float32))
+        rates = iter(config.drop_path_rates())
         for i, shapes in enumerate(config.block_shapes()):
-            blocks = nn.ModuleList(RevMViTLayer(config, shape, next(rates).item()) for shape in shapes)
+            blocks = nn.ModuleList(RevMViTLayer(config, shape, next(rates)) for shape in shapes)
             self.add_module(str(i), nn.ModuleDict({"blocks": blocks}))
 
     def stages(self) -> list[nn.ModuleList]:

@@ -13,7 +13,8 @@ def pooled(states: Tensor, prefix_length: int, grid: Grid, pool: Callable[[Tenso
     prefix, patches = states[..., :prefix_length, :], states[..., prefix_length:, :]
     planes = pool(patches.reshape(-1, *grid, states.shape[-1]).permute(0, 3, 1, 2).contiguous())
     patches = planes.reshape(*states.shape[:-2], states.shape[-1], -1).transpose(-1, -2)
-    return torch.cat((prefix, patches), dim=-2) if prefix_length else patches, tuple(planes.shape[2:])
+    rows, columns = planes.shape[2:]
+    return torch.cat((prefix, patches), dim=-2) if prefix_length else patches, (rows, columns)
 
 
 def distances(queries: int, keys: int, device: torch.device) -> Tensor:

@@ -20,6 +20,7 @@ from .contenders import (
     reversible_contenders,
     with_free_budget,
 )
+from .families import library_class
 from .inputs import random_batch, real_batches, with_targets
 from .records import MB, aligned, number, ratio, size_in_words
 
@@ -46,6 +47,9 @@ def subject_of(source: Source) -> Subject:
     if source.model_type.startswith("rev_"):
         cls: Any = reversible_class(source)
         return Subject(cls, cls.config_class.from_pretrained(source.folder))
+    if own := library_class(source.config):
+        config_class: Any = own.config_class
+        return Subject(own, config_class.from_pretrained(source.folder))
     try:
         config = AutoConfig.from_pretrained(source.folder)
     except (ValueError, KeyError) as error:

@@ -10,12 +10,19 @@ def bit_budget(plans: Sequence[LayerPlan]) -> list[str]:
     """One line per run of layers that are coupled alike: which, how, how many bits before and after the point states have,
     and what is kept."""
     lines, first = [], 0
-    for reversible, run in groupby(plans, key=lambda plan: plan.reversible):
+    for _, run in groupby(plans, key=lambda plan: (plan.reversible, plan.stores_activations, plan.stage)):
         segment = list(run)
-        what = _segment(segment) if reversible else "conventional, activations stored"
-        lines.append(f"layers {first}-{first + len(segment) - 1}: {what}")
+        lines.append(f"layers {first}-{first + len(segment) - 1}: {_in_words(segment)}")
         first += len(segment)
     return lines
+
+
+def _in_words(plans: Sequence[LayerPlan]) -> str:
+    if plans[0].reversible:
+        return _segment(plans)
+    if plans[0].stores_activations:
+        return "conventional, activations stored"
+    return "changes the shape of the hidden state, runs again in the backward pass, its input stored"
 
 
 def _segment(plans: Sequence[LayerPlan]) -> str:

@@ -20,7 +20,7 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from ..modeling_reversible import ReversiblePreTrainedModel
-from .families import MODEL_CLASSES, architecture_of
+from .families import MODEL_CLASSES, architecture_of, library_class
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.*", "*.bpe.model", "spiece.model")
 
@@ -124,6 +124,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 def load_stock(source: Source, *, dtype: str = "auto", allow_pickle: bool = False) -> Loaded:
     """The stock model in ``source``, in the class that its configuration names, loaded by transformers.
 
+    Where transformers has no such class, as of models of timm, it is the reversible class at ``beta=0``.
+
     Raises:
         CheckpointError: the weights are missing, damaged, pickled without ``allow_pickle``, or not those of the class.
         ValueError: the architecture has no reversible twin.
@@ -132,6 +134,8 @@ def load_stock(source: Source, *, dtype: str = "auto", allow_pickle: bool = Fals
         raise CheckpointError(
             f"{source.name} is reversible already: change its beta with from_pretrained(..., beta=…)."
         )
+    if cls := library_class(source.config):
+        return _load(source, cls, dtype, _is_pickled(source, allow_pickle), beta=0.0)
     if source.model_type not in CONFIG_MAPPING:
         raise ValueError(
             f"{source.name} has model type {source.model_type!r}, which transformers {transformers.__version__} does not "

@@ -30,8 +30,7 @@ from .cards import model_card
 from .checkpoint import CheckpointError, copy_companions, load_reversible, load_stock, open_source, whole_directory
 from .compare import Comparison, memory_of
 from .contenders import to_plain
-from .convert import architecture_behind, reversible_config, to_reversible
-from .families import architecture_of
+from .convert import architecture_behind, to_reversible
 from .fidelity import Fidelity, fidelity
 from .inputs import random_batch, real_batches
 from .memory import memory_growth
@@ -92,14 +91,13 @@ def convert(
     _check_target(source.folder, out, overwrite)
     loaded = load_stock(source, dtype=dtype, allow_pickle=allow_pickle)
     stock = loaded.model
-    architecture, head = architecture_of(type(stock).__name__)
-    depth = sum(reversible_config(stock.config, architecture, head, {}).stage_depths)
-    chosen = set(range(depth)) if layers is None else _layers(layers, depth)
-    betas = beta if len(chosen) == depth else [beta if i in chosen else 0.0 for i in range(depth)]
-    model = to_reversible(stock, beta=betas, grid_bits=grid_bits)
+    model = to_reversible(stock, beta=beta, grid_bits=grid_bits)
+    depth = sum(model.config.stage_depths)
+    if layers is not None and len(chosen := _layers(layers, depth)) < depth:
+        model.set_beta([beta if i in chosen else 0.0 for i in range(depth)])
     _say("from", f"{src}: {_describe(stock, model.config)}")
     _say("to", f"{type(model).__name__}, {len(model.state_dict())} tensors mapped")
-    if rows := architecture.reserved_rows(stock.config):
+    if rows := architecture_behind(type(model), model.config).reserved_rows(stock.config):
         _say("", f"positions moved by {rows} rows: RoBERTa counts them from the padding token")
     for note in loaded.notes:
         _say("", note)

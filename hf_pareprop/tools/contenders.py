@@ -148,9 +148,16 @@ class Subject:
         config = self.config
         if contender.engine is None:
             model_class, config = plain_twin(self.model_class, config)
-        model: PreTrainedModel = model_class._from_config(copy.deepcopy(config), attn_implementation="sdpa")
+        model = _random(model_class, config)
         contender.prepare(model)
         return model.train()
+
+
+def _random(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """With SDPA, where the model can use it, whatever the configuration says."""
+    attention = "sdpa" if model_class._supports_sdpa else "eager"
+    model: PreTrainedModel = model_class._from_config(copy.deepcopy(config), attn_implementation=attention)
+    return model
 
 
 def make_optimizer(model: PreTrainedModel) -> torch.optim.Optimizer:
@@ -174,9 +181,8 @@ class Twins:
     """
 
     def __init__(self, subject: Subject, device: torch.device):
-        self.reversible: Any = subject.model_class._from_config(
-            copy.deepcopy(subject.config), attn_implementation="sdpa"
-        )
+        reversible: Any = _random(subject.model_class, subject.config)
+        self.reversible = reversible
         self.reversible.to(device).train()
         self.device = device
         self._architecture = architecture_behind(subject.model_class, subject.config)

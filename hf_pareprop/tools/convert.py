@@ -1,5 +1,6 @@
 """Stock models to reversible ones and back, in memory. The weights stay what they are; only their use changes."""
 
+import copy
 import os
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -13,7 +14,7 @@ from ..configuration_reversible import ReversibleConfig
 from ..modeling_reversible import ReversiblePreTrainedModel
 from ..plan import CONVERTED_BETA
 from .architectures import Architecture
-from .families import ARCHITECTURES, architecture_of
+from .families import ARCHITECTURES, architecture_of, library_class
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -27,8 +28,8 @@ def to_reversible(
     """A reversible model with the weights of a stock one, on the same device, in the same dtype and mode.
 
     Args:
-        model: a stock model, which is left as it is; or a directory or Hub id of a stock checkpoint, loaded into the
-            class that its configuration names.
+        model: a stock model, which is left as it is, or a reversible one, whose coupling is to be another; or a directory or
+            Hub id of a stock checkpoint of transformers or timm, loaded into the class that its configuration names.
         beta: the coupling, one number or one per layer: see :class:`ReversibleConfig`.
         config_fields: further fields of the configuration, such as ``backward_engine`` or ``memory_budget``.
 
@@ -38,18 +39,26 @@ def to_reversible(
     """
     fields = {"beta": list(beta) if isinstance(beta, tuple) else beta, **config_fields}
     if not isinstance(model, PreTrainedModel):
+        if cls := library_class(PreTrainedConfig.get_config_dict(model)[0]):
+            return cls.from_pretrained(model, **fields)
         config = transformers.AutoConfig.from_pretrained(model)
         name = (config.architectures or [""])[0]
         architecture, head = architecture_of(name)
-        cls: Any = architecture.heads[head]
-        if config.model_type in cls.config_class.stock_model_types:
-            return cls.from_pretrained(model, **fields)
+        own: Any = architecture.heads[head]
+        if config.model_type in own.config_class.stock_model_types:
+            return own.from_pretrained(model, **fields)
         stock: PreTrainedModel = getattr(transformers, name).from_pretrained(model)
         return _reversible_twin(stock, fields)
     return _reversible_twin(model, fields)
 
 
 def _reversible_twin(model: PreTrainedModel, fields: dict[str, Any]) -> ReversiblePreTrainedModel:
+    if isinstance(model, ReversiblePreTrainedModel):
+        return _recoupled(model, fields)
+    if library_class(model.config.to_dict()):
+        raise ValueError(
+            f"{type(model).__name__} wraps a model of another library: save it with save_pretrained(folder), and give the folder."
+        )
     architecture, head = architecture_of(type(model).__name__)
     config = reversible_config(model.config, architecture, head, fields)
     target = _like(model, architecture.heads[head], config)
@@ -61,6 +70,17 @@ def _reversible_twin(model: PreTrainedModel, fields: dict[str, Any]) -> Reversib
         parameter.data = architecture.to_reversible_tensor(name, tensor.detach(), model.config)
         parameter.requires_grad_(tensor.requires_grad)
     return _placed(target, model)
+
+
+def _recoupled(model: ReversiblePreTrainedModel, fields: dict[str, Any]) -> ReversiblePreTrainedModel:
+    _check_fields(type(model.config), fields)
+    twin = copy.deepcopy(model)
+    for name, value in fields.items():
+        setattr(twin.config, name, value)
+    twin.config.check_reversible()
+    base: Any = twin.base_model
+    base.retention = None  # so that a new budget counts
+    return twin
 
 
 def to_stock(model: ReversiblePreTrainedModel) -> PreTrainedModel:
@@ -94,10 +114,7 @@ def reversible_config(
         ValueError: the stock model does what its twin cannot.
     """
     config_class: Any = architecture.heads[head].config_class
-    known = config_class().to_dict()
-    for name in fields:
-        if name not in known:
-            raise TypeError(f"{config_class.__name__} has no field {name!r}.")
+    _check_fields(config_class, fields)
     if architecture.model_type == "bert" and head == "ForMaskedLM" and config.hidden_act != "gelu":
         raise ValueError(
             f"hidden_act={config.hidden_act!r}: the masked-LM head of BERT uses it and that of RoBERTa 'gelu', so this "
@@ -110,6 +127,13 @@ def reversible_config(
     result = config_class(**given)
     result._attn_implementation = config._attn_implementation
     return result
+
+
+def _check_fields(config_class: Any, fields: dict[str, Any]) -> None:
+    known = config_class().to_dict()
+    for name in fields:
+        if name not in known:
+            raise TypeError(f"{config_class.__name__} has no field {name!r}.")
 
 
 def architecture_behind(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Architecture:

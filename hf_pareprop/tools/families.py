@@ -338,3 +338,15 @@ def architecture_of(class_name: str) -> tuple[Architecture, str]:
             f"{class_name or 'this checkpoint'} has no reversible twin: these have: {', '.join(STOCK_CLASSES)}."
         )
     return STOCK_CLASSES[class_name]
+
+
+def library_class(config: Mapping[str, Any]) -> type[ReversiblePreTrainedModel] | None:
+    """The reversible class that loads a checkpoint of another library than transformers straight in.
+
+    Args:
+        config: the contents of its `config.json`.
+    """
+    for architecture in ARCHITECTURES.values():
+        if architecture.library and (head := architecture.library.head_of(config)):
+            return architecture.heads[head]
+    return None

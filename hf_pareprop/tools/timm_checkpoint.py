@@ -1,6 +1,7 @@
 """Checkpoints of timm, which `timm.create_model("local-dir:FOLDER", pretrained=True)` and transformers' TimmWrapper read."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,4 +90,12 @@ def timm_config(model: RevMViTPreTrainedModel) -> dict[str, Any]:
     return {**result, "pretrained_cfg": cfg}
 
 
-TIMM = Library("timm", lambda model: str(timm_config(model)["architecture"]), save_timm_checkpoint)
+def _head_of(config: Mapping[str, Any]) -> str | None:
+    wrapped = config.get("model_type", "timm_wrapper") == "timm_wrapper"
+    if not wrapped or not str(config.get("architecture", "")).startswith("mvitv2"):
+        return None
+    classes = config.get("num_classes", (config.get("pretrained_cfg") or {}).get("num_classes", 1000))
+    return "ForImageClassification" if classes else "Model"
+
+
+TIMM = Library("timm", _head_of, lambda model: str(timm_config(model)["architecture"]), save_timm_checkpoint)
