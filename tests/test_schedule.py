@@ -30,8 +30,9 @@ def test_anneals_to_the_stock_model(family, tmp_path):
     train(family, tmp_path, model=model, callbacks=[hp.BetaSchedule.anneal(0.4), seen])
     assert seen.betas == [0.5] * 5 + [0.25] * 2 + [0.125] + [1 / 16] * 2 + [1 / 32] + [0]
     assert model.config.beta == 0
-    stock = hp.to_stock(model).eval()
-    assert torch.equal(stock(**batch).logits, model.eval()(**batch).logits)
+    if family.has_stock:
+        stock = hp.to_stock(model).eval()
+        assert torch.equal(stock(**batch).logits, model.eval()(**batch).logits)
     model.save_pretrained(tmp_path)
     assert type(model).from_pretrained(tmp_path).config.beta == 0
 
