@@ -1,43 +1,52 @@
-"""Train an image classifier with reversible ViT and the stock Trainer.
+"""Train an image classifier with reversible ViT, Swin or MViT and the stock Trainer.
 
-    python examples/finetune_image.py               # from scratch on handwritten digits, PaReprop in the backward
-    python examples/finetune_image.py --compare     # the same beside plain training, checkpointing and serial reprop
+    python examples/finetune_image.py                  # from scratch on handwritten digits, PaReprop in the backward
+    python examples/finetune_image.py --family swin    # or mvit
+    python examples/finetune_image.py --compare        # the same beside plain training, checkpointing and serial reprop
+    python examples/finetune_image.py --dataset_name fashion-mnist --num_train_epochs 2
 
-A stock ViT checkpoint and any data set with an image and a label column can be given instead.
+A stock checkpoint of the family and any data set with an image and a label column can be given instead.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
-from assets import digits
+from assets import digits, fashion_mnist
 from common import STOCK, RunArguments, check_columns, main, train
 from datasets import DatasetDict, load_dataset
-from transformers import HfArgumentParser, TrainingArguments, ViTConfig, ViTForImageClassification
+from transformers import HfArgumentParser, TrainingArguments
 
-from hf_pareprop import RevViTConfig, RevViTForImageClassification
 from hf_pareprop.plan import CONVERTED_BETA
+from hf_pareprop.tools.contenders import to_plain
+from hf_pareprop.tools.families import FAMILIES, Family, Shape
+
+FASHION_MNIST = "fashion-mnist"
+IMAGE_FAMILIES = [name for name, family in FAMILIES.items() if family.takes_images]
 
 
 @dataclass
 class ImageArguments:
     """Model and data."""
 
+    family: str = field(default="vit", metadata={"help": "the kind of model", "choices": IMAGE_FAMILIES})
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "directory or Hub id of a ViT checkpoint; default: a small ViT from scratch"}
+        default=None, metadata={"help": "directory or Hub id of a checkpoint; default: a small model from scratch"}
     )
     beta: float | None = field(
         default=None,
         metadata={"help": f"coupling; default: 1 from scratch, {CONVERTED_BETA:g} from a stock checkpoint"},
     )
     dataset_name: str | None = field(
-        default=None, metadata={"help": "data set for load_dataset; default: scikit-learn's digits"}
+        default=None,
+        metadata={"help": f"data set for load_dataset, or {FASHION_MNIST}; default: scikit-learn's digits"},
     )
     image_column: str = "image"
     label_column: str = "label"
     image_size: int = field(default=32, metadata={"help": "pixels that --dataset_name is resized to, from scratch"})
-    hidden_size: int = field(default=96, metadata={"help": "width of the model from scratch"})
-    num_hidden_layers: int = field(default=6, metadata={"help": "depth of the model from scratch"})
+    hidden_size: int = field(default=96, metadata={"help": "width of the model from scratch; of its last stage"})
+    num_hidden_layers: int = field(default=6, metadata={"help": "depth of the model from scratch, in all stages"})
 
 
 @dataclass
@@ -83,43 +92,68 @@ def shift_randomly(rows: dict) -> dict:
     return {**rows, "pixel_values": shifted}
 
 
-def once(image: ImageArguments, run: RunArguments, training: TrainingArguments) -> dict:
-    checkpoint = image.model_name_or_path
-    if checkpoint:
-        stock = ViTConfig.from_pretrained(checkpoint)
-        channels, size = stock.num_channels, stock.image_size
-    else:
-        channels, size = (3, image.image_size) if image.dataset_name else (1, 8)
-    data = read_data(image, channels, size) if image.dataset_name else digits()
-    labels = len(set(data["train"]["label"]))
-    fields = {
+def enlarged(data: DatasetDict, size: int) -> DatasetDict:
+    """Images of `size` pixels: small ones by whole factors, and what is left over is padding."""
+    data = data.with_format("torch")
+
+    def enlarge(rows: dict) -> dict:
+        images = rows["pixel_values"]
+        factor = size // images.shape[-1]
+        images = images.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+        left = size - images.shape[-1]
+        return {**rows, "pixel_values": torch.nn.functional.pad(images, [left // 2, left - left // 2] * 2)}
+
+    return data.map(enlarge, batched=True).with_format(None)
+
+
+def from_scratch(family: Family, image: ImageArguments, channels: int, size: int) -> dict[str, Any]:
+    """The fields of a small model for images of `size` pixels: in stages that halve the patches, if the family has them."""
+    depths = family.depths(image.num_hidden_layers)
+    width = image.hidden_size >> (len(depths) - 1)
+    grid = 8 if family.staged else 4
+    optional = {"patch_size": max(1, size // grid), "window_size": 4}
+    known = family.config_class().to_dict()
+    return {
+        **family.shape_fields(Shape(width, max(1, width // 32), depths, mlp_ratio=2)),
+        **{name: value for name, value in optional.items() if name in known},
         "image_size": size,
-        "patch_size": size // 4,
         "num_channels": channels,
-        "hidden_size": image.hidden_size,
-        "num_hidden_layers": image.num_hidden_layers,
-        "num_attention_heads": max(1, image.hidden_size // 32),
-        "intermediate_size": 2 * image.hidden_size,
-        "num_labels": labels,
-        "initializer_range": image.hidden_size**-0.5,  # the usual 0.02 is for models eight times as wide
+        "initializer_range": width**-0.5,  # the usual 0.02 is for models eight times as wide
     }
 
+
+def once(image: ImageArguments, run: RunArguments, training: TrainingArguments) -> dict:
+    checkpoint, family = image.model_name_or_path, FAMILIES[image.family]
+    patches = "patch_size" in family.config_class().to_dict()
+    if checkpoint:
+        stock: Any = family.config_class.from_pretrained(checkpoint)
+        channels, size = stock.num_channels, stock.image_size
+    elif image.dataset_name in (None, FASHION_MNIST):
+        # Patches of fixed size want larger images than the digits of 8 x 8 pixels; halving wants an even number.
+        channels, size = 1, 32 if image.dataset_name or not patches else 8
+    else:
+        channels, size = 3, image.image_size
+    if image.dataset_name in (None, FASHION_MNIST):
+        data = fashion_mnist() if image.dataset_name else digits()
+        if size != len(data["test"][0]["pixel_values"][0]):
+            data = enlarged(data, size)
+    else:
+        data = read_data(image, channels, size)
+    labels = len(set(data["train"]["label"]))
+
     def build(method: str):
-        if method in STOCK:
-            if checkpoint:
-                return ViTForImageClassification.from_pretrained(checkpoint, num_labels=labels)
-            return ViTForImageClassification(ViTConfig(**fields))
+        engine = "autograd" if method in STOCK else method
         beta = image.beta if image.beta is not None else CONVERTED_BETA if checkpoint else 1.0
+        options: dict[str, Any] = {"num_labels": labels, "beta": beta, "backward_engine": engine}
         if checkpoint:
-            return RevViTForImageClassification.from_pretrained(
-                checkpoint, num_labels=labels, beta=beta, backward_engine=method
-            )
-        return RevViTForImageClassification(RevViTConfig(**fields, beta=beta, backward_engine=method))
+            model = family.classifier.from_pretrained(checkpoint, **options)
+        else:
+            model = family.classifier(family.config_class(**from_scratch(family, image, channels, size), **options))
+        return to_plain(model) if method in STOCK else model
 
     test = data["test"].with_format("torch")
-    train_split = (
-        data["train"].with_format("torch") if image.dataset_name else data["train"].with_transform(shift_randomly)
-    )
+    is_digits = image.dataset_name is None
+    train_split = data["train"].with_transform(shift_randomly) if is_digits else data["train"].with_format("torch")
     return train(
         build,
         DatasetDict(train=train_split, test=test),

@@ -170,6 +170,7 @@ class RevMViTPreTrainedModel(ReversiblePreTrainedModel):
         "AutoModelForImageClassification": "modeling_rev_mvit.RevMViTForImageClassification",
     }
     _no_split_modules = ["RevMViTLayer"]
+    _input_embed_layer = "patch_embed"
     _can_record_outputs = {"hidden_states": HiddenState, "attentions": RevMViTAttention}
     _supports_sdpa = False  # relative positions are added to the scores
     _supports_flash_attn = False
@@ -221,9 +222,6 @@ class RevMViTModel(RevMViTPreTrainedModel):
     @property
     def encoder(self) -> RevMViTEncoder:
         return self.stages
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.patch_embed
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)

@@ -157,6 +157,7 @@ class RevRobertaPreTrainedModel(ReversiblePreTrainedModel):
         "AutoModelForMultipleChoice": "modeling_rev_roberta.RevRobertaForMultipleChoice",
     }
     _no_split_modules = ["RevRobertaEmbeddings", "RevRobertaLayer"]
+    _input_embed_layer = "word_embeddings"
     _can_record_outputs = {"hidden_states": HiddenState, "attentions": RevRobertaSelfAttention}
 
     @torch.no_grad()
@@ -175,12 +176,6 @@ class RevRobertaModel(RevRobertaPreTrainedModel):
         self.encoder = RevRobertaEncoder(config, RevRobertaLayer)
         self.pooler = Pooler(config.hidden_size, config.hidden_size, "tanh") if add_pooling_layer else None
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.embeddings.word_embeddings
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.embeddings.word_embeddings = value
 
     @merge_with_config_defaults
     @capture_outputs

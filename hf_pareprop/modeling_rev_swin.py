@@ -5,7 +5,8 @@
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .blocks import (
@@ -280,6 +281,7 @@ class RevSwinPreTrainedModel(ReversiblePreTrainedModel):
     _supports_flex_attn = False
     _no_split_modules = ["RevSwinEmbeddings", "RevSwinLayer"]
     _keys_to_ignore_on_load_unexpected = [r"relative_position_index"]
+    _input_embed_layer = "patch_embeddings"
     _can_record_outputs = {"hidden_states": HiddenState, "attentions": RevSwinRecordedSelfAttention}
 
     @torch.no_grad()
@@ -305,9 +307,6 @@ class RevSwinModel(RevSwinPreTrainedModel):
         self.pooler = nn.AdaptiveAvgPool1d(1) if add_pooling_layer else None
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings.patch_embeddings
-
     def grid_of(self, size: tuple[int, int]) -> Grid:
         """The grid of patches of images of `size` pixels."""
         rows, columns = (
@@ -316,7 +315,7 @@ class RevSwinModel(RevSwinPreTrainedModel):
         return rows, columns
 
     @merge_with_config_defaults
-    @capture_outputs(tie_last_hidden_states=False)
+    @can_return_tuple
     def forward(
         self,
         pixel_values: Tensor | None = None,
@@ -341,13 +340,20 @@ class RevSwinModel(RevSwinPreTrainedModel):
             interpolate_pos_encoding=interpolate_pos_encoding,
         )
         maps: list[Tensor] | None = [] if requested("output_hidden_states", self.config, kwargs) else None
-        sequence_output = self.layernorm(self.encode(embeddings, grid, maps, **kwargs))
-        pooled_output = None if self.pooler is None else self.pooler(sequence_output.transpose(1, 2)).flatten(1)
+        encoded = self._encoded(embeddings, grid, maps, **{**kwargs, "return_dict": True})
+        sequence_output = self.layernorm(encoded.last_hidden_state)
         return StagedModelOutput(
             last_hidden_state=sequence_output,
-            pooler_output=pooled_output,
+            pooler_output=None if self.pooler is None else self.pooler(sequence_output.transpose(1, 2)).flatten(1),
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
             reshaped_hidden_states=None if maps is None else tuple(maps),
         )
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def _encoded(self, *inputs, **kwargs) -> BaseModelOutput:
+        """What the encoder returns, and what is recorded within it."""
+        return BaseModelOutput(last_hidden_state=self.encode(*inputs, **kwargs))
 
 
 class RevSwinForImageClassification(ForImageClassification, RevSwinPreTrainedModel):

@@ -125,6 +125,7 @@ class RevViTPreTrainedModel(ReversiblePreTrainedModel):
         "AutoModelForMaskedImageModeling": "modeling_rev_vit.RevViTForMaskedImageModeling",
     }
     _no_split_modules = ["RevViTEmbeddings", "RevViTLayer"]
+    _input_embed_layer = "patch_embeddings"
     _can_record_outputs = {"hidden_states": HiddenState, "attentions": SelfAttention}
 
     @torch.no_grad()
@@ -150,9 +151,6 @@ class RevViTModel(RevViTPreTrainedModel):
             Pooler(config.hidden_size, config.pooler_output_size, config.pooler_act) if add_pooling_layer else None
         )
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings.patch_embeddings
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)

@@ -219,16 +219,16 @@ class Tape:
             if self._keeps_graph(call):
                 with _counted(meter):
                     return self.stage(work(hidden, *inputs))
-            return self.stage(self._run_again_later(call, work, hidden, meter))
+            return self.stage(self._run_again_later(call, hidden, meter))
 
-    def _run_again_later(self, call: TransitionCall, work: Any, hidden: Tensor, meter: SavedBytes | None) -> Tensor:
+    def _run_again_later(self, call: TransitionCall, hidden: Tensor, meter: SavedBytes | None) -> Tensor:
         _refuse_transforms()
         self.trail.calls[self._position] = call
         inputs = tuple(t for t in call.inputs if isinstance(t, Tensor))
-        value = call.run_forgetfully(work, hidden, meter)
+        computed = [call.run_forgetfully(partial(_run_steps, call.steps), hidden, meter)]
         self.trail.observer.layer_keeps(self._position, [hidden])
         # Autograd gets the inputs as they came, with their history; the call keeps leaves.
-        return Transition.apply(self.trail, self._position, value, hidden, *inputs, *call.held.parameters.values())
+        return Transition.apply(self.trail, self._position, computed, hidden, *inputs, *call.held.parameters.values())
 
     def _store(self, call: LayerCall) -> None:
         """Run a layer whose activations autograd stores."""
@@ -290,15 +290,17 @@ def _descends(view: Tensor, original: Tensor) -> bool:
     return False
 
 
+def _run_steps(steps: Sequence[Step], hidden: Tensor, *inputs: Any) -> Tensor:
+    """A stock layer: residuals are added back."""
+    for step in steps:
+        residual, branch = step(hidden, *inputs)
+        hidden = residual + branch
+    return hidden
+
+
 def _conventional(module: nn.Module, steps: Sequence[Step], hidden: Tensor, *inputs: Any) -> Tensor:
-    """A stock layer: residuals are added back; activations are stored by autograd, or checkpointed where that is on."""
-
-    def run(hidden: Tensor, *inputs: Any) -> Tensor:
-        for step in steps:
-            residual, branch = step(hidden, *inputs)
-            hidden = residual + branch
-        return hidden
-
+    """A stock layer whose activations are stored by autograd, or checkpointed where that is on."""
+    run = partial(_run_steps, steps)
     if getattr(module, "gradient_checkpointing", False) and module.training and torch.is_grad_enabled():
         checkpoint: Any = module._gradient_checkpointing_func  # set by transformers, as for every layer
         return checkpoint(run, hidden, *inputs)

@@ -40,14 +40,19 @@ class TransitionCall(LayerCall):
 
 
 class Transition(torch.autograd.Function):
-    """Forward: the value that the call computed, the hidden state that it read, and the call's sources; returns the value."""
+    """Forward: the value that the call computed, in a list, the hidden state that it read, and the call's sources.
+
+    The list is emptied, so that the value is nobody else's and may be changed in place, as hooks of others may do.
+    """
 
     @staticmethod
-    def forward(ctx: Any, trail: Trail, position: int, value: Tensor, hidden: Tensor, *sources: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, trail: Trail, position: int, computed: list[Tensor], hidden: Tensor, *sources: Tensor
+    ) -> Tensor:
         ctx.trail, ctx.position = trail, position
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, *sources)  # sources so that autograd notices when one was modified
-        return value
+        return computed.pop()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> Any:

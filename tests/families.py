@@ -96,6 +96,18 @@ class Family:
 FAMILIES = {name: Family(row) for name, row in families.FAMILIES.items()}
 
 
+def rebuilt_steps(model, layers=None) -> list[tuple[int, int]]:
+    """The steps that run again in the backward pass, as position and step; of some layers, or of all.
+
+    Of a layer that changes the shape of the hidden state, all steps are one.
+    """
+    found = []
+    for i, plan in enumerate(model.base_model.layer_plans):
+        if not plan.stores_activations and (layers is None or i in layers):
+            found += [(i, 0)] if plan.transition else [(i, 0), (i, 1)]
+    return found
+
+
 def linears(layer: nn.Module) -> list[nn.Linear]:
     """The linear layers within a layer: the last three end attention, begin the MLP and end it."""
     return [module for module in layer.modules() if isinstance(module, nn.Linear)]

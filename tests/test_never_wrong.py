@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from hf_pareprop import lanes, replay
-from hf_pareprop.plan import parse_size
+from hf_pareprop.retention import share_out
 
 WORKER = lanes.ThreadLane()
 BETAS = [1.0, 0.5, 1 / 32, 1 / 256]
@@ -112,7 +112,7 @@ def of_hidden_states(model, batch):
 
 
 def of_one_hidden_state_alone(model, batch):
-    model(**batch, output_hidden_states=True).hidden_states[3].float().sin().mean().backward()
+    model(**batch, output_hidden_states=True).hidden_states[-2].float().sin().mean().backward()
 
 
 def detached_by_a_pre_hook(model, batch):
@@ -190,8 +190,8 @@ def test_hidden_states_between_layers(family, engine, beta, event):
     "change", [lambda h: h[:, :3], lambda h: h.mean(1, keepdim=True), lambda h: torch.cat([h, h])]
 )
 def test_a_hidden_state_of_another_shape_is_refused(family, change):
-    model = family.build(3, beta=0.5)
-    layers(model)[1].register_forward_hook(lambda module, args, output: change(output))
+    model = family.build(4, beta=0.5)
+    layers(model)[2].register_forward_hook(lambda module, args, output: change(output))
     with pytest.raises(RuntimeError, match="has to keep the shape"):
         model(**family.batch())
 
@@ -204,7 +204,7 @@ def test_hidden_states_are_those_of_the_autograd_engine(family):
         model.set_backward_engine(engine)
         torch.manual_seed(3)
         found.append(model(**batch, output_hidden_states=True).hidden_states)
-    assert len(found[0]) == 5
+    assert len(found[0]) == 1 + model.config.num_hidden_layers  # or stages, of a Swin
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
@@ -237,7 +237,7 @@ def by_patched_forward(module, kept):
 
     def forward(*args, **kwargs):
         output = original(*args, **kwargs)
-        kept.append(output)
+        kept.append(output[0] if isinstance(output, tuple) else output)
         return output
 
     module.forward = forward
@@ -321,13 +321,19 @@ def test_hooks_on_gradients_inside_a_layer(family, engine, register):
 # What layers there are
 
 
+def begins_at(stage):
+    """The index of the first layer that keeps the shape of the hidden state."""
+    return int(stage[0].changes_shape)
+
+
 def truncated(model, batch):
     del last_stage(model)[-3:]
     loss_of(model, batch).backward()
 
 
 def topped(model, batch):
-    del last_stage(model)[:3]
+    first = begins_at(last_stage(model))
+    del last_stage(model)[first : first + 2]
     loss_of(model, batch).backward()
 
 
@@ -343,8 +349,9 @@ def repeated(model, batch):
 
 def reversed_order(model, batch):
     stage = last_stage(model)
-    for i, layer in enumerate(reversed(list(stage))):
-        stage[i] = layer
+    first = begins_at(stage)
+    for i, layer in enumerate(reversed(list(stage)[first:])):
+        stage[first + i] = layer
     loss_of(model, batch).backward()
 
 
@@ -363,7 +370,7 @@ def test_a_list_of_betas_has_to_fit_the_layers(family):
 
 def test_a_layer_that_runs_twice_in_one_pass_is_refused(family):
     model = family.build(3, beta=0.5)
-    layer = layers(model)[1]
+    layer = layers(model)[-1]
     original = layer.forward
     layer.forward = lambda hidden, *args, **kwargs: original(original(hidden, *args, **kwargs), *args, **kwargs)
     with pytest.raises(RuntimeError, match="more than 3 layers were called"):
@@ -529,9 +536,7 @@ def other_input_of_a_kept_result(model, batch):
 @pytest.mark.parametrize("event", [other_input_of_a_kept_result, not_a_function, other_rows, replaced_module])
 def test_what_cannot_be_replayed_is_refused_where_results_are_kept(family, engine, event):
     model, batch = family.build(6, beta=0.5), family.batch()
-    kept = next(
-        f"{size}KB" for size in range(1, 99) if keeps_linears_of_all(family.build(6, beta=0.5), batch, f"{size}KB")
-    )
+    kept = budget_for_linears(model, batch)
 
     def keeping(model, batch):
         model.set_memory_budget(kept)
@@ -543,13 +548,16 @@ def test_what_cannot_be_replayed_is_refused_where_results_are_kept(family, engin
         outcome(keeping, model, batch, engine)
 
 
-def keeps_linears_of_all(model, batch, budget):
-    """Whether a budget keeps the results of linear layers in all layers, and nothing else."""
-    model.set_memory_budget(budget)
+def budget_for_linears(model, batch):
+    """One that keeps the results of linear layers in all layers, and nothing else."""
+    model = copy.deepcopy(model)
+    model.set_memory_budget("1TB")
     loss_of(model, batch)
     (sizes,) = model.base_model.retention.measured.values()
-    graph, linears, _ = sizes[0, False]
-    return 6 * linears <= parse_size(budget) < 5 * linears + graph
+    layers = [sizes[plan.stage, plan.transition] for plan in model.base_model.layer_plans]
+    kept = sum(size.linears for size in layers)
+    assert share_out(kept, layers)[:2] == (0, len(layers))
+    return f"{kept / 1024}KB"
 
 
 def test_an_adapter_that_is_switched_on(family, engine):
@@ -892,19 +900,19 @@ def test_ways_to_run_a_step(family, engine, beta, event):
 
 def test_a_partial_backward_leaves_nothing_for_the_next(family, engine):
     """A layer below the part takes nothing that an earlier backward pass left for it."""
-    model, batch = family.build(4, beta=0.5), family.batch()
+    model, batch = family.build(5, beta=0.5), family.batch()
     model.set_backward_engine(engine)
     kept = []
-    original = layers(model)[1].forward
+    original = layers(model)[2].forward
 
     def forward(*args, **kwargs):
         output = original(*args, **kwargs)
         kept.append(output)
         return output
 
-    layers(model)[1].forward = forward
+    layers(model)[2].forward = forward
     loss = loss_of(model, batch)
-    torch.autograd.grad(loss, list(layers(model)[2].parameters()), retain_graph=True)
+    torch.autograd.grad(loss, list(layers(model)[3].parameters()), retain_graph=True)
     with pytest.raises(RuntimeError, match="not from the layers above"):
         kept[0].sum().backward()
 
