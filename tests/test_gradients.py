@@ -72,8 +72,8 @@ def test_gradient_of_the_image():
 def test_autograd_engine_agrees_with_finite_differences(family, beta):
     """The reference itself: central differences in fp64 (grid off, it is piecewise constant) along a random direction.
 
-    With step e = 1e-5 the truncation error is of order e^2 = 1e-10 and the rounding error eps * |loss| / e = 2e-11,
-    both relative to a directional derivative of order 1; 1e-6 leaves four digits for curvature.
+    With step e = 1e-7 the rounding error is eps * |loss| / e = 2e-9 and the truncation error e^2, both relative to a
+    directional derivative of order 1. A step that is larger crosses kinks of max pooling (with 1e-5 several in this MViT).
     """
     model = family.build(3, beta=beta, grid_bits=None, scale=1.0).double()
     batch = cast(family.batch(), torch.float64)
@@ -84,11 +84,11 @@ def test_autograd_engine_agrees_with_finite_differences(family, beta):
     for sign in (1, -1):
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                parameter.add_(direction[name], alpha=sign * 1e-5)
+                parameter.add_(direction[name], alpha=sign * 1e-7)
             losses.append(model(**batch).loss.item())
             for name, parameter in model.named_parameters():
-                parameter.sub_(direction[name], alpha=sign * 1e-5)
-    numeric = (losses[0] - losses[1]) / 2e-5
+                parameter.sub_(direction[name], alpha=sign * 1e-7)
+    numeric = (losses[0] - losses[1]) / 2e-7
     analytic = sum((grads[n] * direction[n]).sum().item() for n in grads)
     assert numeric == pytest.approx(analytic, rel=1e-6)
 

@@ -7,8 +7,6 @@ import torch
 from families import FAMILIES, linears
 from tracing import GRADIENTS, REBUILD, Span, busy, hidden_share, host_synchronisations, length, spans_of, traced
 
-from hf_pareprop.tools.compare import resized
-
 
 def span(kind, start, end):
     return Span(kind, "thread 1", 0, start, end)
@@ -90,7 +88,7 @@ def test_calls_that_make_the_host_wait_are_found():
 def model_and_batch(family, engine, device):
     """Of a size at which a thread's start is nothing beside a step."""
     model = FAMILIES[family].build(depth=2, backward_engine=engine, beta=0.5, wider=4, mlp_ratio=4)
-    batch = {name: tensor.to(device) for name, tensor in resized(FAMILIES[family].batch(), 64).items()}
+    batch = {name: tensor.to(device) for name, tensor in FAMILIES[family].large_batch().items()}
     return model.to(device), batch
 
 

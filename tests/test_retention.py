@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from families import FAMILIES, assert_same, cast, step
+from families import FAMILIES, assert_same, cast, rebuilt_steps, step
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import Trainer, TrainingArguments
 
@@ -41,8 +41,7 @@ def test_gradients_are_the_same(name, precision, dropout, beta, layers, rebuilt)
         assert torch.equal(loss, again[0])
         assert_same(grads, again[1])
         assert torch.equal(rng, again[2])
-        betas = beta if isinstance(beta, list) else [beta] * DEPTH
-        assert sorted(rebuilt) == [(i, s) for i in range(DEPTH) for s in (0, 1) if betas[i] and i < DEPTH - layers]
+        assert sorted(rebuilt) == rebuilt_steps(model, range(DEPTH - layers))
 
 
 def test_with_the_overlap(family, lane):
@@ -92,9 +91,15 @@ def amount(size):
     return f"{size / 1024}KB"
 
 
+def of_many_parameters(family):
+    """Skip families whose small models have fewer parameters than activations: their gradients leave room for nothing."""
+    if family.row.staged:
+        pytest.skip("its small models have more activations than parameters")
+
+
 def without_narrowing(family, dropout=0.0):
     """A model whose layers have no results of linear layers to keep, so that graphs alone are kept."""
-    return family.build(DEPTH, dropout, beta=0.5, mlp_ratio=1)
+    return family.build(DEPTH, dropout, beta=0.5, mlp_ratio=1, one_stage=True)
 
 
 def kept_bytes(model, batch):
@@ -113,7 +118,7 @@ def size_of_a_layer(model):
 
 def test_a_layer_is_measured_as_what_it_keeps(family):
     """What one more kept layer adds to all that is saved, and not to what the hooks of others see."""
-    model, batch = family.build(DEPTH, 0.1, beta=0.5), resized(family.batch(), 24)
+    model, batch = family.build(DEPTH, 0.1, beta=0.5, one_stage=True), resized(family.batch(), 24)
     model.set_memory_budget(PLENTY)
     model(**batch)
     size = size_of_a_layer(model).graph
@@ -129,7 +134,7 @@ def test_prediction_of_memory_is_within_ten_per_cent(family_name, bf16):
     """Of the planner, against the accounting of a whole step, where activations matter."""
     family = FAMILIES[family_name]
     subject = family.subject(8, 0.1, wider=3, mlp_ratio=4)
-    batch = resized(family.batch(), 64)
+    batch = family.large_batch()
     (way,) = reversible_contenders([0.5], ("reprop",))
     model = subject.build(way)
     model.set_memory_budget(PLENTY)
@@ -140,7 +145,7 @@ def test_prediction_of_memory_is_within_ten_per_cent(family_name, bf16):
     def graphs(layers):
         return predict(subject, way.retaining(layers), batch, CPU, bf16).graphs
 
-    assert graphs(8) - graphs(5) == pytest.approx(3 * size, rel=0.1)
+    assert graphs(5) - graphs(2) == pytest.approx(3 * size, rel=0.1)  # all in the last stage
 
 
 def layers_kept(model, batch, rebuilt):
@@ -200,7 +205,7 @@ def test_sharing_out_layers_that_keep_different_amounts():
 
 
 def test_results_of_linear_layers_are_measured_and_kept_by_a_budget(family):
-    model, batch = family.build(DEPTH, beta=0.5), family.batch()
+    model, batch = family.build(DEPTH, beta=0.5, one_stage=True), family.batch()
     model.set_memory_budget(PLENTY)
     model(**batch)
     graph, linears, _ = size_of_a_layer(model)
@@ -336,6 +341,7 @@ def gradient_bytes(model):
 
 def test_gradients_that_are_there_already_leave_nothing(family):
     """Of the second step on in gradient accumulation: what is kept would come on top of the peak."""
+    of_many_parameters(family)
     model, batch = family.build(DEPTH), resized(family.batch(), 1)
     planned = noting(model, "gradients").planned
     for _ in range(2):
@@ -347,6 +353,7 @@ def test_gradients_that_are_there_already_leave_nothing(family):
 
 
 def test_no_more_is_kept_than_gradients_take(family):
+    of_many_parameters(family)
     model = family.build(DEPTH)
     kept, found = noting(model, "gradients"), []
     for size in (1, 10, 100, 1000):
@@ -372,6 +379,7 @@ def test_frozen_parameters_and_freed_gradients_do_not_count(family):
 
 def test_forward_passes_share_what_gradients_take(family):
     """Forward passes before one backward pass keep no more than one may; those that ended or were dropped do not count."""
+    of_many_parameters(family)
     model, batch = family.build(DEPTH), resized(family.batch(), 1)
     kept = noting(model, "gradients")
     model(**batch)
@@ -399,8 +407,7 @@ def test_forward_passes_share_what_gradients_take(family):
     assert kept.planned[-1].bytes == planned[0]
 
 
-@pytest.mark.parametrize("beta", [1.0, 0.5, 1 / 32])
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("bf16, beta", [(False, 1.0), (True, 1 / 32)])
 @pytest.mark.parametrize("engine", ["reprop", "pareprop"])
 @pytest.mark.parametrize("family_name", FAMILIES)
 def test_the_peak_does_not_move(family_name, engine, bf16, beta):
@@ -409,7 +416,7 @@ def test_the_peak_does_not_move(family_name, engine, bf16, beta):
     subject = family.subject(8, 0.1, wider=3, mlp_ratio=4)
     (way,) = reversible_contenders([beta], (engine,))
     kept = []
-    for size in (2, 16, 64):
+    for size in (1, 4) if family.row.staged else (2, 16, 64):
         batch = resized(family.batch(), size)
         none, free = (predict(subject, contender, batch, CPU, bf16) for contender in (way, way.within_gradients()))
         assert free.total <= 1.01 * none.total
@@ -419,7 +426,7 @@ def test_the_peak_does_not_move(family_name, engine, bf16, beta):
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 model(**batch)
         kept.append(planned[-1].bytes)
-    assert kept[0] > 0
+    assert kept[0] > 0 or family.row.staged
 
 
 @pytest.mark.parametrize("size", [1, 4, 32])
@@ -438,6 +445,7 @@ def test_the_peak_does_not_move_where_the_head_makes_it(size, bf16):
 
 def test_copies_measure_for_themselves(family, rebuilt):
     """A copy of a model, or one that was pickled, keeps the budget and counts its own parameters."""
+    of_many_parameters(family)
     model, batch = family.build(DEPTH, memory_budget="gradients"), resized(family.batch(), 1)
     model(**batch).loss.backward()
     assert len(model.base_model.retention.measured) == 1
