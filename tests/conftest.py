@@ -2,6 +2,7 @@ import os
 import sys
 from functools import cache
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -23,7 +24,27 @@ def pytest_configure(config):
     torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items):
+LARGE, SHARE = 60, 3
+"""Of a test with more cases than this in one family, the families with stages take one case in so many, drawn at random
+but always the same: their models take several times as long, and every value of every parameter stays in."""
+
+
+def pytest_collection_modifyitems(config, items):
+    cases = {}
+    for item in items:
+        given = getattr(item, "callspec", None)
+        names = [given.params.get(key) for key in ("family", "name", "family_name")] if given else []
+        for name in names:
+            if isinstance(name, str) and name in FAMILIES and FAMILIES[name].row.staged:
+                cases.setdefault((item.function, name), []).append(item)
+    spared = set()
+    for group in cases.values():
+        if len(group) > LARGE:
+            spared.update(group)
+            spared.difference_update(Random(0).sample(group, len(group) // SHARE))
+    if spared:
+        config.hook.pytest_deselected(items=[item for item in items if item in spared])
+        items[:] = [item for item in items if item not in spared]
     for item in items:
         if "cuda" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
