@@ -155,4 +155,6 @@ def test_the_readme_lists_what_converts():
     import pathlib
 
     readme = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
-    assert all(f"`{model_type}`" in readme for model_type in ARCHITECTURES)
+    for model_type, architecture in ARCHITECTURES.items():
+        library = architecture.library
+        assert (f"{library.name}'s `{model_type}" if library else f"`{model_type}`") in readme
