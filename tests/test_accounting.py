@@ -70,6 +70,8 @@ def test_graphs_of_a_step_or_two(idle, family, bf16, cores):
 
     A tenth is for the state that a step reads, which plain training counts to the step before it.
     """
+    if FAMILIES[family].row.staged and not (bf16 and idle):
+        pytest.skip("one case of a family with stages, as it takes a quarter of a minute")
     cores((1 + idle) * torch.get_num_threads())
     batch = FAMILIES[family].large_batch()
 

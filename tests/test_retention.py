@@ -133,6 +133,8 @@ def test_a_layer_is_measured_as_what_it_keeps(family):
 def test_prediction_of_memory_is_within_ten_per_cent(family_name, bf16):
     """Of the planner, against the accounting of a whole step, where activations matter."""
     family = FAMILIES[family_name]
+    if family.row.staged:
+        pytest.skip("the peak lies in the first stage, whatever the last layers keep")
     subject = family.subject(8, 0.1, wider=3, mlp_ratio=4)
     batch = family.large_batch()
     (way,) = reversible_contenders([0.5], ("reprop",))
@@ -413,6 +415,8 @@ def test_forward_passes_share_what_gradients_take(family):
 def test_the_peak_does_not_move(family_name, engine, bf16, beta):
     """By the accounting, over sizes of batch at which all layers, some, and hardly any keep something."""
     family = FAMILIES[family_name]
+    if family.row.staged and engine == "pareprop":
+        pytest.skip("one engine of a family with stages, as it takes a quarter of a minute")
     subject = family.subject(8, 0.1, wider=3, mlp_ratio=4)
     (way,) = reversible_contenders([beta], (engine,))
     kept = []
