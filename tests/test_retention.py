@@ -223,6 +223,8 @@ def test_results_of_linear_layers_are_measured_and_kept_by_a_budget(family):
 
 def test_other_shapes(family, rebuilt):
     """By what a layer kept per element at first, then as measured; small batches keep more layers."""
+    if family.row.staged:
+        pytest.skip("relative positions take memory that does not grow with the batch")
     model, batch = without_narrowing(family), family.batch()
     model.set_memory_budget(PLENTY)
     model(**resized(batch, 8))
