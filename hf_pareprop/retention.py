@@ -174,6 +174,10 @@ class Retention:
         allowance = self._allowed(embeddings, plans, layers)
         if allowance is None:
             return RetentionPlan(unmeasured=unmeasured)
+        if budget.gradients:
+            # Of the last stage alone: gradients come from the last layer on, and where the layers of earlier stages keep
+            # more and have fewer parameters than those, most of them would be there before what is kept is freed.
+            layers = [size for plan, size in zip(plans, layers, strict=True) if plan.stage == plans[-1].stage]
         return share_out(min(allowance, self._most), layers)._replace(unmeasured=unmeasured)
 
     def _size(self, plan: LayerPlan, measured: dict[Kind, Sizes], embeddings: Tensor) -> Sizes:
