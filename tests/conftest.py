@@ -24,7 +24,7 @@ def pytest_configure(config):
     torch.set_num_threads(1)
 
 
-LARGE, SHARE = 20, 6
+LARGE, SHARE = 12, 6
 """Of a test with more cases than this in one family, the families with stages take one case in so many, drawn at random
 but always the same: their models take several times as long, and every value of every parameter stays in."""
 

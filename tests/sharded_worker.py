@@ -53,6 +53,8 @@ def outcome(family, kind, engine):
 
 kind, engine = sys.argv[1:]
 for name, family in FAMILIES.items():
+    if family.row.staged and kind != "finer":
+        continue  # FSDP1 treats layers of stages as any other, and CI has no time for them
     reference, found = outcome(family, kind, "autograd"), outcome(family, kind, engine)
     if isinstance(found, str):
         print(f"{name} refused: {found}")

@@ -25,6 +25,10 @@ def test_fsdp2_on_parts_of_a_layer(engine):
 def test_fsdp1(strategy, engine):
     """It works where a layer needs no parameter of another; RoBERTa's do, and find them hidden."""
     said = launch("sharded_worker.py", strategy, engine)
-    assert all(f"{name} equal in" in said or f"{name} refused" in said for name in FAMILIES)
+    assert all(
+        f"{name} equal in" in said or f"{name} refused" in said
+        for name, family in FAMILIES.items()
+        if not family.row.staged
+    )
     assert "roberta refused" in said
     assert "use FSDP2, or call" in said or "Use FSDP2 or ZeRO-2" in said
