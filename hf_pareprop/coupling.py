@@ -163,6 +163,12 @@ def checksum(*states: Tensor) -> Tensor:
     return torch.dot(rows, factors.mul_(0x9E3779B1))
 
 
+def checksum_of_values(values: Tensor) -> Tensor:
+    """:func:`checksum` of the bits of floats."""
+    values = values.detach().contiguous()
+    return checksum(values.view(torch.int16 if values.element_size() == 2 else torch.int32))
+
+
 class _Through(torch.autograd.Function):
     """``state``, decoded, as if computed by ``sum(scale * source)``: gradients pass straight through the rounding."""
 

@@ -1,8 +1,7 @@
 """How much memory there is, is in use, and will be: what a budget of retention is measured with."""
 
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -42,6 +41,10 @@ class SavedBytes:
     def total(self) -> int:
         return self._let_go + sum(self._found.values())
 
+    def counting(self) -> saved_tensors_hooks:
+        """A context: what autograd saves within it is counted, and stays saved."""
+        return saved_tensors_hooks(self.keep, lambda tensor: tensor)
+
     def keep(self, tensor: Tensor) -> Tensor:
         """Pack a tensor, which stays saved."""
         if (key := storage_key(tensor)) not in self._known:
@@ -54,14 +57,6 @@ class SavedBytes:
 
     def let_go(self) -> None:
         self._let_go, self._found, self._held = self.total, {}, []
-
-
-@contextmanager
-def counting_saved(known: Iterable[Tensor]) -> Iterator[SavedBytes]:
-    """Counts what autograd saves within this context."""
-    meter = SavedBytes(known)
-    with saved_tensors_hooks(meter.keep, lambda tensor: tensor):
-        yield meter
 
 
 def in_use(device: torch.device) -> int:

@@ -3,13 +3,12 @@
 import math
 import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from .coupling import encode, merge_pair, poison, straight_through
 from .engine import Engine, Enter, Leave, RebuiltLayer, Trail
@@ -21,7 +20,7 @@ from .observer import current_observer
 from .plan import LayerPlan
 from .retention import Retention, RetentionPlan
 from .torch_private import in_functorch, shares_memory, version_of
-from .transition import Transition, TransitionCall
+from .transition import Transition, TransitionCall, run_steps
 
 Grid = tuple[int, int]
 """Rows and columns of patches."""
@@ -108,7 +107,10 @@ class Tape:
             self._store(call)
         elif self._keeps_graph(call):
             self._know_both()  # before the measurement: a pair is stored once and not in every layer
-            with self.retention.measuring(self.kept, call, self._current.bits) as meter, _counted(meter):
+            with (
+                self.retention.measuring(self.kept, call, self._current.bits) as meter,
+                meter.counting() if meter else nullcontext(),
+            ):
                 self._store(call)
         else:
             call.saves_linears = self._layers_from_here <= self.kept.graphs + self.kept.linears
@@ -205,30 +207,31 @@ class Tape:
     def _close(
         self, hidden: Tensor, module: nn.Module, steps: Sequence[Step], inputs: tuple[Any, ...], plan: LayerPlan
     ) -> Tensor:
-        """Run a layer that is not reversible: a segment ends before it."""
+        """Run a layer that is not reversible: a segment ends before it, and with one that changes the shape a stage."""
         hidden = self.finish(hidden)
         self._plan = None
-        work = partial(_conventional, module, steps)
         if not plan.transition:
-            return work(hidden, *inputs)
+            return _conventional(module, steps, hidden, *inputs)
         hidden = hidden.view_as(hidden)  # the layer's uses are added up here, before those of others
+        if plan.stores_activations:
+            return self.stage(_conventional(module, steps, hidden, *inputs))
         call = TransitionCall(module, steps, plan, self.dtype, inputs, Contents(module), hidden.device)
-        if plan.stores_activations or not self._may_rebuild(call, hidden.requires_grad):
-            return self.stage(work(hidden, *inputs))
+        if not self._may_rebuild(call, hidden.requires_grad):
+            return self.stage(_conventional(module, steps, hidden, *inputs))
         with self.retention.measuring(self.kept, call, hidden) as meter:
-            if self._keeps_graph(call):
-                with _counted(meter):
-                    return self.stage(work(hidden, *inputs))
-            return self.stage(self._run_again_later(call, hidden, meter))
+            if not self._keeps_graph(call):
+                return self.stage(self._run_again_later(call, hidden, meter))
+            with meter.counting() if meter else nullcontext():
+                return self.stage(_conventional(module, steps, hidden, *inputs))
 
     def _run_again_later(self, call: TransitionCall, hidden: Tensor, meter: SavedBytes | None) -> Tensor:
+        """Run a layer that changes the shape, and that runs again in the backward pass."""
         _refuse_transforms()
         self.trail.calls[self._position] = call
-        inputs = tuple(t for t in call.inputs if isinstance(t, Tensor))
-        computed = [call.run_forgetfully(partial(_run_steps, call.steps), hidden, meter)]
+        sources = call.sources  # with their history; the call keeps leaves
+        computed = [call.run_forgetfully(hidden, meter)]
         self.trail.observer.layer_keeps(self._position, [hidden])
-        # Autograd gets the inputs as they came, with their history; the call keeps leaves.
-        return Transition.apply(self.trail, self._position, computed, hidden, *inputs, *call.held.parameters.values())
+        return Transition.apply(self.trail, self._position, computed, hidden, *sources)
 
     def _store(self, call: LayerCall) -> None:
         """Run a layer whose activations autograd stores."""
@@ -252,10 +255,9 @@ class Tape:
             hidden = Enter.apply(trail, position, previous.value, hidden)
         trail.calls[position] = call
         trail.observer.layer_begins(position, (previous.bits, current.bits), call.plan.limit)
-        inputs = tuple(t for t in call.inputs if isinstance(t, Tensor))
+        sources = call.sources  # with their history; the call keeps leaves
         self._previous, after, peak = call.run_undoably(previous, current, meter)
-        # Autograd gets the inputs as they came, with their history; the call keeps leaves.
-        hidden = RebuiltLayer.apply(trail, position, after.bits, hidden, *inputs, *call.held.parameters.values())
+        hidden = RebuiltLayer.apply(trail, position, after.bits, hidden, *sources)
         self._current = after._replace(value=hidden)
         self._peak = torch.maximum(self._peak, peak)
         trail.observer.layer_keeps(position, [hidden, self._previous.bits, after.bits, *call.kept()])
@@ -266,11 +268,6 @@ class Tape:
             pair = self._previous.bits, self._current.bits
             values = Leave.apply(self.trail, self._position - 1, pair, value_of(self._current))
             self._previous, self._current = (State.of(b, v) for b, v in zip(pair, values, strict=True))
-
-
-def _counted(meter: SavedBytes | None) -> AbstractContextManager[Any]:
-    """Have ``meter``, if there is one, count what autograd saves."""
-    return nullcontext() if meter is None else saved_tensors_hooks(meter.keep, lambda tensor: tensor)
 
 
 def _refuse_transforms() -> None:
@@ -290,17 +287,9 @@ def _descends(view: Tensor, original: Tensor) -> bool:
     return False
 
 
-def _run_steps(steps: Sequence[Step], hidden: Tensor, *inputs: Any) -> Tensor:
-    """A stock layer: residuals are added back."""
-    for step in steps:
-        residual, branch = step(hidden, *inputs)
-        hidden = residual + branch
-    return hidden
-
-
 def _conventional(module: nn.Module, steps: Sequence[Step], hidden: Tensor, *inputs: Any) -> Tensor:
     """A stock layer whose activations are stored by autograd, or checkpointed where that is on."""
-    run = partial(_run_steps, steps)
+    run = partial(run_steps, steps)
     if getattr(module, "gradient_checkpointing", False) and module.training and torch.is_grad_enabled():
         checkpoint: Any = module._gradient_checkpointing_func  # set by transformers, as for every layer
         return checkpoint(run, hidden, *inputs)

@@ -3,40 +3,49 @@
 Its activations are not stored all the same: the hidden state that it read is, and the layer runs again in the backward pass.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .coupling import checksum
+from .coupling import checksum_of_values
 from .engine import Trail
-from .layer_call import LayerCall, RebuiltStep, check_backward_mode, graph_of
+from .layer_call import LayerCall, RebuiltStep, Step, check_backward_mode, graph_of
 from .memory_probe import SavedBytes
+
+
+def run_steps(steps: Sequence[Step], hidden: Tensor, *inputs: Any) -> Tensor:
+    """A stock layer: residuals are added back."""
+    for step in steps:
+        residual, branch = step(hidden, *inputs)
+        hidden = residual + branch
+    return hidden
 
 
 class TransitionCall(LayerCall):
     """A call of such a layer. Its steps are run as one."""
 
-    def run_forgetfully(self, work: Callable[..., Tensor], hidden: Tensor, meter: SavedBytes | None = None) -> Tensor:
-        """``work(hidden, *inputs)`` without a graph.
+    def run_forgetfully(self, hidden: Tensor, meter: SavedBytes | None = None) -> Tensor:
+        """What the layer returns for a hidden state, without a graph.
 
         Raises:
             RuntimeError: as :meth:`LayerCall.run_undoably`.
         """
-        self._work = lambda state, inputs: work(state, *inputs)
         with self._recording(meter):
-            value = self._record(self._work, hidden.detach().requires_grad_(hidden.requires_grad)).detach()
-        self._checksum = _checksum(value)
+            value = self._record(self._all_steps, hidden.detach().requires_grad_(hidden.requires_grad)).detach()
+        self._checksum = checksum_of_values(value)
         return value
 
     def run_again(self, hidden: Tensor) -> tuple[RebuiltStep, Tensor]:
         """The layer with its graph, and whether it computed what it did in the forward pass: a 0-d bool."""
-        value, sources = self._replay(0, self._work, hidden.detach())
         assert self._checksum is not None
-        return RebuiltStep(sources, graph_of(value), value.dtype, value), torch.eq(
-            _checksum(value.detach()), self._checksum
-        )
+        value, sources = self._replay(0, self._all_steps, hidden.detach())
+        right = torch.eq(checksum_of_values(value), self._checksum)
+        return RebuiltStep(sources, graph_of(value), value.dtype, value), right
+
+    def _all_steps(self, hidden: Tensor, inputs: tuple[Any, ...]) -> Tensor:
+        return run_steps(self.steps, hidden, *inputs)
 
 
 class Transition(torch.autograd.Function):
@@ -69,8 +78,3 @@ class Transition(torch.autograd.Function):
             if grad is not None:
                 call.check_gradients(0, gradients)
         return None, None, None, *trail.settle(gradients)
-
-
-def _checksum(value: Tensor) -> Tensor:
-    whole = torch.int16 if value.element_size() == 2 else torch.int32
-    return checksum(value.contiguous().view(whole))

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 import hf_pareprop as hp
 from hf_pareprop import memory_probe, retention
-from hf_pareprop.memory_probe import coming, counting_saved
+from hf_pareprop.memory_probe import SavedBytes, coming
 from hf_pareprop.retention import UNKNOWN, Retention, RetentionPlan, Sizes, share_out
 from hf_pareprop.tools.accounting import predict
 from hf_pareprop.tools.compare import resized
@@ -104,7 +104,8 @@ def without_narrowing(family, dropout=0.0):
 
 def kept_bytes(model, batch):
     """What a forward pass saves beside parameters."""
-    with counting_saved(tuple(model.parameters())) as found:
+    found = SavedBytes(model.parameters())
+    with found.counting():
         loss = model(**batch).loss
     del loss
     return found.total

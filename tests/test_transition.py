@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_pareprop.engine import get_engine
-from hf_pareprop.memory_probe import counting_saved
+from hf_pareprop.memory_probe import SavedBytes
 from hf_pareprop.plan import plan_layers
 from hf_pareprop.retention import Retention
 from hf_pareprop.tape import Tape
@@ -104,7 +104,8 @@ def test_what_is_stored():
     def saved(engine, beta):
         model = Pyramid(beta=beta)
         model.engine = engine
-        with counting_saved(model.parameters()) as meter:
+        meter = SavedBytes(model.parameters())
+        with meter.counting():
             _loss = model(tokens())
         return meter.total
 
@@ -134,11 +135,13 @@ def test_budgets_count_the_layers_of_all_stages(budget, rebuilt):
     if "KB" in budget:
         ((sizes),) = model.retention.measured.values()
         assert set(sizes) == {(0, False), (1, False), (1, True), (2, False), (2, True)}
-        with counting_saved(model.parameters()) as meter:
+        meter = SavedBytes(model.parameters())
+        with meter.counting():
             model(tokens())
         kept, bound = meter.total, int(budget[:-2]) * 1024
         model.retention = Retention()
-        with counting_saved(model.parameters()) as meter:
+        meter = SavedBytes(model.parameters())
+        with meter.counting():
             model(tokens())
         assert kept <= meter.total + bound
 
