@@ -12,17 +12,13 @@ import json
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import matplotlib.pyplot as plt
-from measure import emit, run_child
+from measure import Job, emit, run_child, study
 
 from hf_pareprop.tools.records import cpu_model, save, software
-
-Job = dict[str, Any]
 
 FAMILIES = ("vit", "swin", "mvit")
 SIZE = 32
@@ -153,6 +149,14 @@ def plot(results: Sequence[Mapping[str, Any]]) -> Any:
     return figure
 
 
+def run(job: Job) -> Job:
+    """One training in a process of its own: the job with what it found."""
+    events, error = run_child(Path(__file__), job, {"OMP_NUM_THREADS": "1"})
+    if error or not events:
+        raise SystemExit(f"{job} failed: {error}")
+    return {**job, **events[-1]}
+
+
 def key(job: Mapping[str, Any]) -> str:
     return json.dumps([job[name] for name in ("family", "beta", "seed", "epochs", "images")])
 
@@ -169,25 +173,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.child:
         return child(args.child)
-    path = args.out / "convergence.json"
-    args.out.mkdir(parents=True, exist_ok=True)
-    results: list[Job] = json.loads(path.read_text())["results"] if path.exists() else []
-    done, lock = {key(result) for result in results}, Lock()
-    about = {"device": f"{cpu_model()}, one thread per training", **software()}
-
-    def work(job: Job) -> None:
-        events, error = run_child(Path(__file__), job, {"OMP_NUM_THREADS": "1"})
-        if error or not events:
-            raise SystemExit(f"{job} failed: {error}")
-        with lock:
-            results.append({**job, **events[-1]})
-            whole = json.dumps({**about, "results": results}, indent=1) + "\n"
-            save(path, lambda file: file.write_text(whole))
-            print(f"{job}: {100 * events[-1]['curve'][-1]:.2f} % after {events[-1]['seconds']:.0f} s", flush=True)
-
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for _ in pool.map(work, [job for job in jobs_of(args) if key(job) not in done]):
-            pass
+    results = study(
+        args.out / "convergence.json",
+        jobs_of(args),
+        key,
+        run,
+        lambda result, *_: f"{key(result)}: {100 * result['curve'][-1]:.2f} % after {result['seconds']:.0f} s",
+        {"device": f"{cpu_model()}, one thread per training", **software()},
+        args.jobs,
+    )
     print(table(results))
     save(args.out / "convergence.png", lambda file: plot(results).savefig(file, dpi=110, format="png"))
 

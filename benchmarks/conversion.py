@@ -13,17 +13,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Lock
-from typing import Any
 
 from conversion_report import plot, table
-from measure import EVENT, emit
+from measure import EVENT, Job, emit, study
 
 from hf_pareprop.tools.records import cpu_model, save, software
-
-Job = dict[str, Any]
 
 BETAS = (1.0, 0.5, 0.25, 0.125)
 TEXT = ("rotten-tomatoes", "reuters-r8", "20-newsgroups")
@@ -168,24 +163,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.child:
         return child(args.child)
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "conversion.json"
-    results: list[Job] = json.loads(path.read_text())["results"] if path.exists() else []
-    done, lock = {key(result) for result in results}, Lock()
-    todo = [job for job in jobs_of(args.parts, range(42, 42 + args.seeds)) if key(job) not in done]
-    about = {"device": f"{cpu_model()}, one thread per case", **software()}
-
-    def work(job: Job) -> None:
-        result = run(job)
-        with lock:
-            results.append(result)
-            whole = json.dumps({**about, "results": results}, indent=1) + "\n"
-            save(path, lambda file: file.write_text(whole))
-            print(f"{len(results)} cases done, {len(todo)} were to do: {json.dumps(result)}", flush=True)
-
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for _ in pool.map(work, todo):
-            pass
+    results = study(
+        args.out / "conversion.json",
+        jobs_of(args.parts, range(42, 42 + args.seeds)),
+        key,
+        run,
+        lambda result, done, todo: f"{done} cases done, {todo} were to do: {json.dumps(result)}",
+        {"device": f"{cpu_model()}, one thread per case", **software()},
+        args.jobs,
+    )
     print(table(results))
     save(args.out / "conversion.png", lambda file: plot(results).savefig(file, dpi=110, format="png"))
 

@@ -10,14 +10,19 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
 
+from hf_pareprop.tools.records import save
 from hf_pareprop.tools.timing import OUT_OF_MEMORY, Step
+
+Job = dict[str, Any]
 
 EVENT = "benchmark-event "
 
@@ -52,6 +57,45 @@ def _how_it_ended(returncode: int, stderr: str) -> str | None:
     if returncode < 0:
         return f"ended by {signal.Signals(-returncode).name}"
     return (stderr.strip().splitlines() or [f"exit status {returncode}"])[-1]
+
+
+def study(
+    path: Path,
+    jobs: Iterable[Job],
+    key: Callable[[Job], str],
+    run: Callable[[Job], Job],
+    say: Callable[[Job, int, int], str],
+    about: Mapping[str, Any],
+    workers: int,
+) -> list[Job]:
+    """Run the jobs whose results the JSON file ``path`` does not hold, some at a time, and write it after each.
+
+    Args:
+        key: tells a job, or its result, from the others.
+        run: a job with what it found.
+        say: of a result, how many are done and how many were to do: a line to print.
+        about: what the file says besides the results.
+
+    Returns:
+        All results that the file holds.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    results: list[Job] = json.loads(path.read_text())["results"] if path.exists() else []
+    done, lock = {key(result) for result in results}, Lock()
+    todo = [job for job in jobs if key(job) not in done]
+
+    def work(job: Job) -> None:
+        result = run(job)
+        with lock:
+            results.append(result)
+            whole = json.dumps({**about, "results": results}, indent=1) + "\n"
+            save(path, lambda file: file.write_text(whole))
+            print(say(result, len(results), len(todo)), flush=True)
+
+    with ThreadPoolExecutor(workers) as pool:
+        for _ in pool.map(work, todo):
+            pass
+    return results
 
 
 def emit(**event: Any) -> None:

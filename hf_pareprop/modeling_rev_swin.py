@@ -247,16 +247,17 @@ class RevSwinEncoder(Encoder):
         """
         tape.grid = grid
         output, hidden_states = embeddings, tape.start(embeddings)
-        found = [map_of(embeddings, grid)]
+        found = [] if maps is None else [map_of(embeddings, grid)]  # which would keep hidden states in memory
         for stage in self.layers:
             for layer in stage.blocks:
                 hidden_states = layer(hidden_states, tape=tape, **kwargs)
             before, output = output, tape.finish(hidden_states)
-            found.append(map_of(output, tape.grid))
+            if maps is not None:
+                found.append(map_of(output, tape.grid))
             if stage.downsample is not None:
                 output = hidden_states = tape.stage(stage.downsample(output, tape.grid))
                 tape.grid = merged(tape.grid)
-                if not output_hidden_states_before_downsampling:
+                if maps is not None and not output_hidden_states_before_downsampling:
                     found[-1] = map_of(output, tape.grid)
             self.hidden_state(before, output)
         if maps is not None:

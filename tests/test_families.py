@@ -28,7 +28,6 @@ ABOUT_ONE_MODEL = {
     "benchmarks/conversion_cases.py",
     "benchmarks/conversion_variants.py",
     "examples/cuda_graph.py",
-    "examples/finetune_image.py",
     "examples/finetune_text.py",
 }
 """Case studies and examples, which are not for every family."""
