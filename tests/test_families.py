@@ -26,7 +26,6 @@ CPU = torch.device("cpu")
 
 ABOUT_ONE_MODEL = {
     "benchmarks/conversion_cases.py",
-    "benchmarks/conversion_variants.py",
     "examples/cuda_graph.py",
     "examples/finetune_text.py",
 }
