@@ -49,8 +49,8 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def encode(x: Tensor, grid_bits: int | None) -> tuple[Tensor, Tensor]:
-    """A float tensor of any shape as a state, in new memory, and its peak."""
-    x = x.to(compute_dtype(x.dtype), copy=grid_bits is None)
+    """A float tensor of any shape as a state, in new memory and row order, and its peak."""
+    x = x.to(compute_dtype(x.dtype), copy=grid_bits is None).contiguous()
     if grid_bits is None:
         return x, torch.zeros((), device=x.device)
     scaled = torch.mul(x, 2.0**grid_bits)
