@@ -68,6 +68,8 @@ def hybrid(seed: int) -> Iterator[Job]:
 def image(seed: int) -> Iterator[Job]:
     for beta in (None, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0):
         yield {"task": "fashion-mnist", "seed": seed, "beta": beta}
+    for beta in (None, 1 / 32, 1 / 4):
+        yield {"task": "fashion-mnist, Swin", "seed": seed, "beta": beta}
 
 
 def way_back(seed: int) -> Iterator[Job]:

@@ -43,9 +43,24 @@ BUDGETS = {
     "reuters-r8": Budget(80, 32, 3e-4, 48),
     "20-newsgroups": Budget(90, 32, 3e-4, 48),
     "fashion-mnist": Budget(150, 64, 3e-4),
+    "fashion-mnist, Swin": Budget(150, 64, 3e-4),
 }
 PRETRAINING = Budget(938, 64, 1e-3)
 """Of the stock ViT on Fashion-MNIST: one epoch."""
+
+IMAGE_MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "fashion-mnist": (
+        "fashion-vit",
+        "ViT",
+        dict(patch_size=4, hidden_size=96, num_hidden_layers=8, num_attention_heads=4, intermediate_size=384),
+    ),
+    "fashion-mnist, Swin": (
+        "fashion-swin",
+        "Swin",
+        dict(patch_size=2, embed_dim=48, depths=[2, 4], num_heads=[3, 6], window_size=7),
+    ),
+}
+"""For every task with images: the name of the checkpoint, the family of its stock model, and its size."""
 
 QUARTERS = 4
 CURVE_ROWS = 400
@@ -81,10 +96,11 @@ def finetune(job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def model_of(job: Mapping[str, Any], num_labels: int) -> nn.Module:
-    checkpoint = fashion_vit() if job["task"] == "fashion-mnist" else assets.english_encoder()
+    images = job["task"] in IMAGE_MODELS
+    checkpoint = image_model(job["task"]) if images else assets.english_encoder()
     if job.get("adapted"):
         checkpoint = adapted_encoder(job["beta"], job["adapted"])
-    kind = "ViTForImageClassification" if job["task"] == "fashion-mnist" else "RobertaForSequenceClassification"
+    kind = IMAGE_MODELS[job["task"]][1] + "ForImageClassification" if images else "RobertaForSequenceClassification"
     if job["beta"] is None:
         return getattr(transformers, kind).from_pretrained(checkpoint, num_labels=num_labels)
     model = getattr(hp, f"Rev{kind}").from_pretrained(
@@ -98,7 +114,7 @@ def model_of(job: Mapping[str, Any], num_labels: int) -> nn.Module:
 @cache
 def data_of(task: str) -> tuple[DatasetDict, Any]:
     """Splits ready for the model, the test split shuffled and cut to 1,500 rows at most, and their collator."""
-    if task == "fashion-mnist":
+    if task in IMAGE_MODELS:
         data = assets.fashion_mnist()
         data["test"] = data["test"].shuffle(seed=0).select(range(4000))
         return data.with_format("torch"), None
@@ -163,27 +179,19 @@ class Curve(TrainerCallback):
             self.trainer.model.train()
 
 
-def fashion_vit() -> Path:
-    """A stock ViT (8 layers, 96 wide) trained on the 60,000 images of Fashion-MNIST for one epoch."""
+def image_model(task: str) -> Path:
+    """A stock model of the task's family, trained on the 60,000 images of Fashion-MNIST for one epoch."""
+    name, family, size = IMAGE_MODELS[task]
 
     def make(folder: Path) -> None:
-        config = transformers.ViTConfig(
-            image_size=28,
-            patch_size=4,
-            num_channels=1,
-            hidden_size=96,
-            num_hidden_layers=8,
-            num_attention_heads=4,
-            intermediate_size=384,
-            num_labels=10,
-        )
+        config = getattr(transformers, f"{family}Config")(image_size=28, num_channels=1, num_labels=10, **size)
         set_seed(0)
-        model = transformers.ViTForImageClassification(config)
-        data, collator = data_of("fashion-mnist")
+        model = getattr(transformers, f"{family}ForImageClassification")(config)
+        data, collator = data_of(task)
         trainer_of(model, data, collator, PRETRAINING, 0).train()
         model.save_pretrained(folder)
 
-    return fetch.cached("fashion-vit", make)
+    return fetch.cached(name, make)
 
 
 def adapted_encoder(beta: float, steps: int) -> Path:
@@ -243,7 +251,7 @@ def fidelity(job: Mapping[str, Any]) -> dict[str, Any]:
             return (m(**batch).logits[rows, rows + 1].argmax(-1) == chain).float().mean().item()
     else:
         data, _ = data_of("fashion-mnist")
-        path = fashion_vit()
+        path = image_model("fashion-mnist")
         stock, model = (
             transformers.ViTForImageClassification.from_pretrained(path),
             hp.RevViTForImageClassification.from_pretrained(path, beta=beta),
