@@ -19,7 +19,7 @@ def peak(family, depths, **fields) -> int:
     shape = family.row.small._replace(width=2 * family.row.small.width, depths=depths)
     given = {**family.row.small_fields, **family.row.shape_fields(shape), **family.row.dropout_fields(0.1)}
     model = family.model(family.config(**given, **fields)).train()
-    batch = resized(family.batch(), 24 if family.row.takes_images else 64)
+    batch = resized(family.batch(), 24 if family.row.staged else 64)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     with replaced(lambda device: AheadLane()):

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageClassification, TimmWrapperConfig
 
 import hf_pareprop as hp
 from hf_pareprop.configuration_rev_mvit import ARCHITECTURES
-from hf_pareprop.tools import cli
+from hf_pareprop.tools import cli, timm_checkpoint
 from hf_pareprop.tools.timm_checkpoint import save_timm_checkpoint
 
 SMALL = dict(image_size=32, embed_dim=24, depths=[2, 3], num_heads=[1, 3], num_labels=3)
@@ -204,12 +204,19 @@ def test_a_checkpoint_of_timm_loads(hub, cls):
             assert torch.equal(model(pixels).logits, stock.forward_head(features))
 
 
-@pytest.mark.parametrize("cls", ["RevMViTForImageClassification", "RevMViTModel"])
-def test_a_checkpoint_of_the_wrapper_loads(timm, monkeypatch, tmp_path, cls):
-    from transformers.models.timm_wrapper import modeling_timm_wrapper as wrapper
+@pytest.fixture
+def wrapper(timm, monkeypatch):
+    """transformers' TimmWrapper, which takes timm for missing without torchvision."""
+    from transformers.models.timm_wrapper import modeling_timm_wrapper as found
 
-    monkeypatch.setattr(wrapper, "timm", timm, raising=False)
-    monkeypatch.setattr(wrapper, "requires_backends", lambda *arguments: None)
+    monkeypatch.setattr(found, "timm", timm, raising=False)
+    monkeypatch.setattr(found, "requires_backends", lambda *arguments: None)
+    monkeypatch.setattr(timm_checkpoint, "is_timm_available", lambda: True)
+    return found
+
+
+@pytest.mark.parametrize("cls", ["RevMViTForImageClassification", "RevMViTModel"])
+def test_a_checkpoint_of_the_wrapper_loads(wrapper, tmp_path, cls):
     names = list("abcd")
     config = TimmWrapperConfig(architecture="mvitv2_tiny", num_labels=4, id2label=dict(enumerate(names)))
     stock = wrapper.TimmWrapperForImageClassification(config)
@@ -223,6 +230,39 @@ def test_a_checkpoint_of_the_wrapper_loads(timm, monkeypatch, tmp_path, cls):
     assert load_file(tmp_path / "again" / "model.safetensors").keys() == model.state_dict().keys()
     again = load(getattr(hp, cls), tmp_path / "again").state_dict()
     assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("head", ["ForImageClassification", "Model"])
+def test_a_model_in_the_wrapper_there_and_back(wrapper, head):
+    config = TimmWrapperConfig(architecture="mvitv2_tiny", num_labels=4, model_args={"img_size": 64, "in_chans": 1})
+    config.id2label, config.label2id = dict(enumerate("abcd")), dict(zip("abcd", range(4), strict=True))
+    stock = getattr(wrapper, f"TimmWrapper{head}")(config).eval()
+    next(stock.parameters()).requires_grad_(False)
+    model = hp.to_reversible(stock, beta=0)
+    assert type(model) is getattr(hp, f"RevMViT{head}") and not model.training
+    again = hp.to_stock(model)
+    assert type(again) is type(stock) and again.config.id2label == model.config.id2label == config.id2label
+    assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in stock.parameters()]
+    pixels = torch.randn(2, 1, 64, 64)
+    with torch.no_grad():
+        if head == "Model":
+            wanted, found, back = (m(pixels).pooler_output for m in (stock, model, again))
+        else:
+            wanted, found, back = (m(pixels).logits for m in (stock, model, again))
+        assert torch.equal(found, wanted) and torch.equal(back, wanted)
+
+
+def test_only_the_familys_models_in_the_wrapper_have_a_twin(wrapper):
+    stock = wrapper.TimmWrapperForImageClassification(TimmWrapperConfig(architecture="resnet18"))
+    with pytest.raises(ValueError, match="'resnet18', which has no reversible twin: of timm's models MViTv2 has one"):
+        hp.to_reversible(stock)
+
+
+def test_the_way_back_takes_timm(monkeypatch):
+    monkeypatch.setattr(timm_checkpoint, "is_timm_available", lambda: False)
+    model = hp.RevMViTModel(hp.RevMViTConfig(**TINY))
+    with pytest.raises(ImportError, match="pip install timm.*hf-pareprop export writes"):
+        hp.to_stock(model)
 
 
 def test_stock_checkpoints_become_reversible_at_the_default_beta(hub):

@@ -22,17 +22,24 @@ class Library:
 
     Attributes:
         name: for people.
+        models: which of its models are stock models of the family, for people.
         head_of: of the contents of a `config.json`, which head of the family reads that checkpoint; `None` if it is not one
             of this library, or of another family.
         model_name: what it calls the twin of a reversible model; raises ValueError if it has none.
         save: writes a checkpoint that it reads, from a reversible model, into a folder; the third argument is the
             `preprocessor_config.json` of an image processor, which may not be there.
+        wrapper: what the names of the classes begin with in which transformers wraps its models.
+        wrapper_config: the configuration of such a wrapper for the twin of a reversible model; raises ValueError if it has
+            none.
     """
 
     name: str
+    models: str
     head_of: Callable[[Mapping[str, Any]], str | None]
     model_name: Callable[[Any], str]
     save: Callable[[Any, Path, Path], None]
+    wrapper: str
+    wrapper_config: Callable[[Any], PreTrainedConfig]
 
 
 @dataclass(frozen=True)
@@ -92,9 +99,8 @@ class Architecture:
         """
         head = self.head_of(cls)
         if self.prefix is None:
-            way = f" hf-pareprop export writes a checkpoint for {self.library.name}." if self.library else ""
             raise ValueError(
-                f"{cls.__name__} has no stock twin: transformers has no models of type {self.model_type!r}.{way}"
+                f"{cls.__name__} has no stock twin: transformers has no models of type {self.model_type!r}."
             )
         return getattr(transformers, self.prefix + head)
 

@@ -55,11 +55,12 @@ def to_reversible(
 def _reversible_twin(model: PreTrainedModel, fields: dict[str, Any]) -> ReversiblePreTrainedModel:
     if isinstance(model, ReversiblePreTrainedModel):
         return _recoupled(model, fields)
-    if library_class(model.config.to_dict()):
-        raise ValueError(
-            f"{type(model).__name__} wraps a model of another library: save it with save_pretrained(folder), and give the folder."
-        )
     architecture, head = architecture_of(type(model).__name__)
+    if architecture.library and not architecture.library.head_of(model.config.to_dict()):
+        raise ValueError(
+            f"{type(model).__name__} holds {getattr(model.config, 'architecture', None)!r}, which has no reversible twin: of "
+            f"{architecture.library.name}'s models {architecture.library.models} has one."
+        )
     config = reversible_config(model.config, architecture, head, fields)
     target = _like(model, architecture.heads[head], config)
     wanted, given = target.state_dict(keep_vars=True), model.state_dict(keep_vars=True)
@@ -89,10 +90,16 @@ def to_stock(model: ReversiblePreTrainedModel) -> PreTrainedModel:
     The result computes what ``model`` computes at ``beta=0``; at another beta the outputs differ.
 
     Raises:
-        ValueError: ``model`` is not a reversible model of this package, or transformers has no stock class for it.
+        ValueError: ``model`` is not a reversible model of this package, or has no stock twin.
+        ImportError: that is a model of a library that is not installed.
     """
-    architecture, cls, config = stock_twin(type(model), model.config)
+    architecture = architecture_behind(type(model), model.config)
     head = architecture.head_of(type(model))
+    if architecture.library:
+        cls: Any = getattr(transformers, architecture.library.wrapper + head)
+        config = architecture.library.wrapper_config(model)
+    else:
+        _, cls, config = stock_twin(type(model), model.config)
     target = _like(model, cls, config)
     wanted, given = target.state_dict(keep_vars=True), model.state_dict(keep_vars=True)
     names = {name: architecture.reversible_name(name, head, given) for name in wanted}
@@ -125,7 +132,8 @@ def reversible_config(
         stock["max_position_embeddings"] += rows
     given = {**config_class.from_stock_dict(stock), **architecture.fields, "architectures": None, **fields}
     result = config_class(**given)
-    result._attn_implementation = config._attn_implementation
+    if architecture.library is None:  # whose models choose an implementation themselves
+        result._attn_implementation = config._attn_implementation
     return result
 
 

@@ -295,7 +295,15 @@ ROWS = (
     Family(
         name="mvit",
         base=RevMViTPreTrainedModel,
-        architectures=(Architecture("mvit", None, library=TIMM),),
+        architectures=(
+            Architecture(
+                "mvit",
+                None,
+                library=TIMM,
+                renames=((r"^timm_model\.(head\.)", r"\1"), (r"^timm_model\.", "mvit.")),
+                head_renames={"Model": ((r"^timm_model\.", ""),)},
+            ),
+        ),
         classifier_head="ForImageClassification",
         shape_fields=_mvit_shape,
         dropout_fields=lambda rate: {"drop_path_rate": 2 * rate},
@@ -319,12 +327,12 @@ ARCHITECTURES = {a.model_type: a for family in ROWS for a in family.architecture
 """By the model type of the stock checkpoints."""
 
 STOCK_CLASSES: dict[str, tuple[Architecture, str]] = {
-    architecture.prefix + head: (architecture, head)
+    prefix + head: (architecture, head)
     for architecture in ARCHITECTURES.values()
-    if architecture.prefix is not None
+    if (prefix := architecture.library.wrapper if architecture.library else architecture.prefix)
     for head in architecture.heads
 }
-"""From the name of a stock class to its architecture and head."""
+"""From the name of a stock class, or of one that wraps stock models of another library, to its architecture and head."""
 
 
 def architecture_of(class_name: str) -> tuple[Architecture, str]:

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
+from transformers import PreTrainedConfig, TimmWrapperConfig
+from transformers.utils import is_timm_available
 
 from ..configuration_rev_mvit import ARCHITECTURES
 from ..modeling_rev_mvit import RevMViTPreTrainedModel
@@ -90,6 +92,24 @@ def timm_config(model: RevMViTPreTrainedModel) -> dict[str, Any]:
     return {**result, "pretrained_cfg": cfg}
 
 
+def wrapper_config(model: RevMViTPreTrainedModel) -> PreTrainedConfig:
+    """The configuration with which transformers' TimmWrapper makes the timm model.
+
+    Raises:
+        ValueError: timm has no such architecture.
+        ImportError: timm is not installed.
+    """
+    fields, given = timm_config(model), {"id2label": model.config.id2label, "label2id": model.config.label2id}
+    fields |= {"model_args": fields.get("model_args"), "num_classes": model.config.num_labels}
+    if not is_timm_available():
+        raise ImportError(
+            f"The stock twin of {type(model).__name__} is a model of timm, which is not installed: pip install timm. Without it, "
+            "hf-pareprop export writes a checkpoint that timm loads."
+        )
+    config: PreTrainedConfig = TimmWrapperConfig.from_dict(fields, **given)
+    return config
+
+
 def _head_of(config: Mapping[str, Any]) -> str | None:
     wrapped = config.get("model_type", "timm_wrapper") == "timm_wrapper"
     if not wrapped or not str(config.get("architecture", "")).startswith("mvitv2"):
@@ -98,4 +118,12 @@ def _head_of(config: Mapping[str, Any]) -> str | None:
     return "ForImageClassification" if classes else "Model"
 
 
-TIMM = Library("timm", _head_of, lambda model: str(timm_config(model)["architecture"]), save_timm_checkpoint)
+TIMM = Library(
+    name="timm",
+    models="MViTv2",
+    head_of=_head_of,
+    model_name=lambda model: str(timm_config(model)["architecture"]),
+    save=save_timm_checkpoint,
+    wrapper="TimmWrapper",
+    wrapper_config=wrapper_config,
+)
