@@ -175,11 +175,26 @@ class ReversiblePreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: a field of the configuration has been set to what it cannot be.
         """
-        self.config.check_reversible()
-        self.config.auto_map = dict(self.auto_map)
+        self._check_and_map()
         if is_main_process:
             self._save_code(Path(save_directory))
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+
+    def save_structure(self, folder: Path, dtype: torch.dtype) -> None:
+        """What :meth:`save_pretrained` writes beside the weights: the code and the configuration.
+
+        Args:
+            folder: made if it does not exist.
+            dtype: of the weights.
+        """
+        self._check_and_map()
+        self._save_code(folder)
+        self.config.dtype, self.config.architectures = dtype, [type(self).__name__]
+        self.config.save_pretrained(folder)
+
+    def _check_and_map(self) -> None:
+        self.config.check_reversible()
+        self.config.auto_map = dict(self.auto_map)
 
     def _save_code(self, folder: Path) -> None:
         # Not left to transformers, which would copy the file of the class that FSDP2 derives from ours.

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,11 +22,12 @@ from tokenizers.processors import TemplateProcessing
 
 import hf_pareprop as hp
 from hf_pareprop.tools import cli
-from hf_pareprop.tools.checkpoint import SAFETENSORS
 from hf_pareprop.tools.families import STOCK_CLASSES
 from hf_pareprop.tools.memory import Growth
+from hf_pareprop.tools.output import MANIFEST, digest
 from hf_pareprop.tools.records import layers_in_words, width_of
 from hf_pareprop.tools.verify import Report
+from hf_pareprop.tools.weights import SAFETENSORS
 
 WORDS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *(f"w{i}" for i in range(56))]
 
@@ -102,7 +104,7 @@ def test_there_and_back(name, run, tmp_path):
 
 def test_a_conversion_loads_anywhere(run, src, texts, tmp_path):
     """Tokenizer and code travel along: a process without the package classifies a text."""
-    out = run("convert", src, tmp_path / "out", "--beta", 0.25, "--calibrate", texts)
+    out = run("convert", src, tmp_path / "out", "--beta", 0.25, "--data", texts)
     assert "3 inputs: hidden states cosine 0." in out and "predictions the same in" in out
     assert "copied  tokenizer.json, tokenizer_config.json" in out
     program = """
@@ -127,9 +129,9 @@ print(tuple(model(**tokenizer(["w1 w2", "w3 w4"], return_tensors="pt")).logits.s
 def test_fidelity_of_every_kind_of_head(name, run, texts, tmp_path):
     stock(name).save_pretrained(tmp_path / "stock")
     save_tokenizer(tmp_path / "stock")
-    out = run("convert", tmp_path / "stock", tmp_path / "out", "--beta", 1, "--calibrate", texts)
+    out = run("convert", tmp_path / "stock", tmp_path / "out", "--beta", 1, "--data", texts)
     assert "hidden states cosine" in out and "predictions the same in" in out
-    same = run("convert", tmp_path / "stock", tmp_path / "same", "--beta", 0, "--calibrate", texts)
+    same = run("convert", tmp_path / "stock", tmp_path / "same", "--beta", 0, "--data", texts)
     assert "hidden states bit-equal, predictions the same in 100.0 %" in same
 
 
@@ -142,11 +144,11 @@ def test_images(run, tmp_path):
     (tmp_path / "images").mkdir()
     for i in range(3):
         Image.new("RGB", (20, 16), (80 * i, 10, 200)).save(tmp_path / "images" / f"{i}.png")
-    out = run("convert", tmp_path / "stock", tmp_path / "out", "--calibrate", tmp_path / "images")
+    out = run("convert", tmp_path / "stock", tmp_path / "out", "--data", tmp_path / "images")
     assert "3 inputs: hidden states cosine 0.9" in out and "copied  preprocessor_config.json" in out
-    assert "holds: 3 reversible layers" in run("verify", tmp_path / "out", "--batch", tmp_path / "images" / "1.png")
+    assert "holds: 3 reversible layers" in run("verify", tmp_path / "out", "--data", tmp_path / "images" / "1.png")
     (tmp_path / "images" / "broken.png").write_bytes(b"no image")
-    assert "broken.png is not an image" in run("verify", tmp_path / "out", "--batch", tmp_path / "images", status=1)
+    assert "broken.png is not an image" in run("verify", tmp_path / "out", "--data", tmp_path / "images", status=1)
 
 
 def test_options(run, src, tmp_path):
@@ -178,7 +180,7 @@ def test_shards(run, tmp_path):
     next((tmp_path / "stock").glob("*.safetensors")).unlink()
     assert "cannot be read" in run("convert", tmp_path / "stock", tmp_path / "new", status=1)
     (tmp_path / "stock" / "model.safetensors.index.json").write_text("{")
-    assert "cannot be read" in run("convert", tmp_path / "stock", tmp_path / "new", status=1)
+    assert "is not readable JSON" in run("convert", tmp_path / "stock", tmp_path / "new", status=1)
     assert names_in(tmp_path) == ["back", "out", "stock"]
 
 
@@ -242,7 +244,7 @@ def test_what_stock_transformers_leaves_out(run, tmp_path):
 
 def test_verify(run, src, texts, tmp_path):
     run("convert", src, tmp_path / "out")
-    for options in ((), ("--batch", texts), ("--autocast", "bf16", "--engine", "reprop")):
+    for options in ((), ("--data", texts), ("--autocast", "bf16", "--engine", "reprop")):
         out = run("verify", tmp_path / "out", *options)
         assert "step  holds: 3 reversible layers: rebuilt states bit-equal, gradients bit-equal, loss bit-equal" in out
         assert "of 16384\n" in out and "memory  holds: one more layer adds" in out
@@ -347,13 +349,13 @@ def test_bad_options(run, src, texts, tmp_path):
         assert "not a range of layers from 0 to 2" in run("convert", src, out, "--layers", layers, status=1)
     for bits in (0, 23):
         assert f"grid_bits={bits} is not" in run("convert", src, out, "--grid-bits", bits, status=1)
-    assert "no text in it" in run("convert", src, out, "--calibrate", _empty(tmp_path), status=1)
-    assert "does not exist" in run("convert", src, out, "--calibrate", tmp_path / "x", status=1)
-    assert "not plain text" in run("convert", src, out, "--calibrate", src / "config.json", status=1)
+    assert "no text in it" in run("convert", src, out, "--data", _empty(tmp_path), status=1)
+    assert "does not exist" in run("convert", src, out, "--data", tmp_path / "x", status=1)
+    assert "not plain text" in run("convert", src, out, "--data", src / "config.json", status=1)
     assert "--dtype" in run("convert", src, out, "--dtype", "int8", status=2)
     (src / "tokenizer.json").unlink()
     (src / "tokenizer_config.json").unlink()
-    assert "has no tokenizer" in run("convert", src, out, "--calibrate", texts, status=1)
+    assert "has no tokenizer" in run("convert", src, out, "--data", texts, status=1)
     assert not out.exists()
 
 
@@ -364,17 +366,104 @@ def _empty(tmp_path):
 
 def test_what_exists_is_kept(run, src, tmp_path):
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "mine").write_text("keep")
+    run("convert", src, out, "--beta", 0.5)
     assert "add --overwrite" in run("convert", src, out, status=1)
+    written = {path.name: path.read_bytes() for path in out.iterdir()}
     edit(src, num_hidden_layers=4)
     run("convert", src, out, "--overwrite", status=1)
-    assert names_in(out) == ["mine"]
+    assert written == {path.name: path.read_bytes() for path in out.iterdir()}
     edit(src, num_hidden_layers=3)
     run("convert", src, out, "--overwrite")
-    assert "mine" not in names_in(out) and "model.safetensors" in names_in(out)
-    assert "is the source itself" in run("convert", src, src, "--overwrite", status=1)
+    assert hp.RevRobertaConfig.from_pretrained(out).beta == 1 / 32
     assert "is the source itself" in run("export", out, out, "--overwrite", status=1)
+    assert names_in(tmp_path) == ["out", "stock"]
+
+
+def test_only_what_this_package_wrote_is_replaced(run, src, tmp_path):
+    """Not a directory of somebody else's, not one with a file more, not one that was trained into since, no link."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("precious")
+    out = tmp_path / "out"
+    run("convert", src, out)
+    (out / "notes").mkdir()
+    (out / "notes" / "thesis.txt").write_text("precious")
+    trained = tmp_path / "trained"
+    run("convert", src, trained)
+    hp.RevRobertaForSequenceClassification.from_pretrained(trained, beta=0.5).save_pretrained(trained)
+    (tmp_path / "link").symlink_to(trained)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for target, reason in (
+        (mine, "there is no list of what it wrote"),
+        (out, "notes/thesis.txt came or went since"),
+        (trained, "model.safetensors changed since"),
+        (tmp_path / "link", "is a link"),
+        (src / "config.json", "is a file"),
+        (src, "there is no list of what it wrote"),
+        (tmp_path, "there is no list of what it wrote"),
+    ):
+        for command in ("convert", "bench"):
+            options = ("--out", target) if command == "bench" else (target,)
+            assert reason in run(command, src, *options, "--overwrite", status=1), target
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_a_source_within_the_target_is_kept(run, src, tmp_path):
+    """Even where the target is whole and this package's."""
+    out = tmp_path / "out"
+    run("convert", src, out)
+    src.rename(out / "stock")
+    files = {path.relative_to(out).as_posix(): digest(path) for path in out.rglob("*") if path.is_file()}
+    del files[MANIFEST]
+    (out / MANIFEST).write_text(json.dumps({"files": files}))
+    assert "holds the source" in run("convert", out / "stock", out, "--overwrite", status=1)
+    assert (out / "stock" / "config.json").exists()
+
+
+PROGRAM = """
+import sys, time
+from hf_pareprop.tools import cli, conversion
+write = conversion.Conversion.write
+def slowly(*arguments):
+    write(*arguments)
+    print("written", flush=True)
+    time.sleep(30)
+conversion.Conversion.write = slowly
+cli.main()
+"""
+
+
+def begin(src, out, *options):
+    """A conversion that has written its files and not yet put them in their place."""
+    command = [sys.executable, "-c", PROGRAM, "convert", str(src), str(out), *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while "written" not in (line := process.stdout.readline()):
+        assert line, process.stderr.read()
+    return process
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_a_signal_leaves_nothing_behind(name, src, tmp_path):
+    process = begin(src, tmp_path / "new" / "out")
+    process.send_signal(getattr(signal, name))
+    process.wait(timeout=20)
+    assert process.returncode != 0 and names_in(tmp_path) == ["stock"]
+
+
+def test_two_conversions_to_one_place(run, src, tmp_path):
+    first = begin(src, tmp_path / "out")
+    assert "another process is writing" in run("convert", src, tmp_path / "out", status=1)
+    first.kill()
+    first.wait()
+    assert names_in(tmp_path) == [".out.hf-pareprop", ".out.hf-pareprop-lock", "stock"]
+    assert "removed .out.hf-pareprop, which an interrupted run had left" in run("convert", src, tmp_path / "out")
+    assert names_in(tmp_path) == ["out", "stock"]
+
+
+def test_what_a_killed_run_was_replacing_comes_back(run, src, tmp_path):
+    run("convert", src, tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / ".out.hf-pareprop-old")
+    assert "exists" in run("convert", src, tmp_path / "out", status=1)
     assert names_in(tmp_path) == ["out", "stock"]
 
 
@@ -403,7 +492,7 @@ def bench(*arguments):
 
 
 def test_bench(run, src, texts, tmp_path):
-    said = run(*bench("--model", src, "--data", texts, "--batch-size", 3, "--out", tmp_path / "report"))
+    said = run(*bench(src, "--data", texts, "--batch-size", 3, "--out", tmp_path / "report"))
     found = json.loads((tmp_path / "report" / "bench.json").read_text())
     names = [row["contender"] for row in found["rows"]]
     assert names[:3] == ["plain training", "gradient checkpointing", "activations on the CPU"]
@@ -412,13 +501,13 @@ def test_bench(run, src, texts, tmp_path):
     assert all(len(row["ms"]) == 1 and row["batch_size"] == 3 for row in found["rows"])
     assert all(name in said for name in names) and "largest batch" in said and "states" in said
     assert found["recommendation"] in said and found["torch"] == torch.__version__
-    assert names_in(tmp_path / "report") == ["bench.json", "bench.png"]
+    assert names_in(tmp_path / "report") == [MANIFEST, "bench.json", "bench.png"]
 
 
 def test_bench_within_a_cap(run, src, tmp_path):
     """What does not fit at the batch size asked for is measured at the largest that does."""
     sizes = ("--batch-size", 4096, "--memory-cap", "16MB", "--out", tmp_path / "report")
-    said = run(*bench("--model", src, "--max-length", 20, *sizes))
+    said = run(*bench(src, "--max-length", 20, *sizes))
     rows = {row["contender"]: row for row in json.loads((tmp_path / "report" / "bench.json").read_text())["rows"]}
     assert 1 < rows["plain training"]["batch_size"] < rows["reprop, beta 1"]["batch_size"] < 4096
     assert all(sum(row["predicted"].values()) <= 16 * 2**20 for row in rows.values())
@@ -427,23 +516,23 @@ def test_bench_within_a_cap(run, src, tmp_path):
 
 def test_bench_of_a_reversible_checkpoint(run, src, tmp_path):
     run("convert", src, tmp_path / "reversible")
-    assert "RevRobertaForSequenceClassification" in run(*bench("--model", tmp_path / "reversible"))
+    assert "RevRobertaForSequenceClassification" in run(*bench(tmp_path / "reversible"))
 
 
 def test_bench_refuses(run, src, tmp_path):
-    assert "neither a directory nor" in run(*bench("--model", tmp_path / "nowhere"), status=1)
-    assert "below the weights" in run(*bench("--model", src, "--memory-cap", "0.1MB"), status=1)
+    assert "neither a directory nor" in run(*bench(tmp_path / "nowhere"), status=1)
+    assert "below the weights" in run(*bench(src, "--memory-cap", "0.1MB"), status=1)
     for cap in ("lots", "16", "-1GB", "0GB"):
-        assert "not an amount of memory, such as 16GB" in run(*bench("--model", src, "--memory-cap", cap), status=1)
-    assert "beta=0.3" in run(*bench("--model", src, "--beta", 0.3), status=1)
-    assert "not a device of PyTorch" in run(*bench("--model", src, "--device", "abacus"), status=1)
-    assert "measured on a CPU and on CUDA" in run(*bench("--model", src, "--device", "meta"), status=1)
+        assert "not an amount of memory, such as 16GB" in run(*bench(src, "--memory-cap", cap), status=1)
+    assert "beta=0.3" in run(*bench(src, "--beta", 0.3), status=1)
+    assert "not a device of PyTorch" in run(*bench(src, "--device", "abacus"), status=1)
+    assert "measured on a CPU and on CUDA" in run(*bench(src, "--device", "meta"), status=1)
     if not torch.cuda.is_available():
-        assert "finds no CUDA device here" in run(*bench("--model", src, "--device", "cuda"), status=1)
+        assert "finds no CUDA device here" in run(*bench(src, "--device", "cuda"), status=1)
     (tmp_path / "out").mkdir()
-    assert "add --overwrite" in run(*bench("--model", src, "--out", tmp_path / "out"), status=1)
+    assert "add --overwrite" in run(*bench(src, "--out", tmp_path / "out"), status=1)
     edit(src, architectures=["GPT2LMHeadModel"], model_type="gpt2")
-    assert "GPT2LMHeadModel" in run(*bench("--model", src, "--out", tmp_path / "new"), status=1)
+    assert "GPT2LMHeadModel" in run(*bench(src, "--out", tmp_path / "new"), status=1)
     assert names_in(tmp_path) == ["out", "stock"]
 
 

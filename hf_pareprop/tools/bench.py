@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoConfig
 from transformers.initialization import no_init_weights
 
-from .checkpoint import CheckpointError, Source, reversible_class
+from .checkpoint import reversible_class
 from .compare import Comparison, Row
 from .contenders import (
     CHECKPOINTING,
@@ -23,6 +23,7 @@ from .contenders import (
 from .families import library_class
 from .inputs import random_batch, real_batches, with_targets
 from .records import MB, aligned, number, ratio, size_in_words
+from .source import CheckpointError, Source
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

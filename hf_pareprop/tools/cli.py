@@ -2,7 +2,9 @@
 
 import json
 import re
+import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,15 +29,20 @@ from .bench import (
 )
 from .budget import bit_budget
 from .cards import model_card
-from .checkpoint import CheckpointError, copy_companions, load_reversible, load_stock, open_source, whole_directory
+from .checkpoint import load_reversible, load_stock, plan_stock
+from .companions import Copied, copy_companions
 from .compare import Comparison, memory_of
 from .contenders import to_plain
+from .conversion import Conversion
 from .convert import architecture_behind, to_reversible
-from .fidelity import Fidelity, fidelity
+from .fidelity import Fidelity, fidelity, grid_bits_for
 from .inputs import random_batch, real_batches
 from .memory import memory_growth
+from .output import Output
 from .records import device_name, layers_in_words, size_in_words, software, width_of
+from .source import CheckpointError, open_source
 from .verify import verify as verify_step
+from .weights import check_shard_size
 
 TIMING_SECONDS = 120.0
 """After which `bench` begins no further round."""
@@ -55,7 +62,8 @@ Shards = Annotated[str, typer.Option("--max-shard-size", help="Largest weights f
 RealInputs = Annotated[
     Path | None,
     typer.Option(
-        help="Real inputs: a file with a text per line, an image, or a directory of images; default: random."
+        "--data",
+        help="Real inputs: a file with a text per line, an image, or a directory of images; default: random.",
     ),
 ]
 MaxLength = Annotated[int, typer.Option(min=1, help="Tokens; longer texts are truncated.")]
@@ -63,7 +71,9 @@ Device = Annotated[str, typer.Option(help="auto: CUDA if there is one.")]
 Calibrate = Annotated[
     Path | None,
     typer.Option(
-        "--calibrate", help="Measure on real inputs: a file with a text per line, an image, or a directory of images."
+        "--data",
+        "--calibrate",
+        help="Measure on real inputs: a file with a text per line, an image, or a directory of images.",
     ),
 ]
 
@@ -78,42 +88,59 @@ def convert(
         typer.Option(help="Only these layers become reversible: 4-11, or 0-3,8-11. Others store activations."),
     ] = None,
     grid_bits: Annotated[
-        int, typer.Option(help="Bits after the binary point of the states, which stay below 2**(30 - bits).")
-    ] = DEFAULT_GRID_BITS,
+        int | None,
+        typer.Option(
+            help="Bits after the binary point of the states, which stay below 2**(30 - bits); default: 16, or with --data the "
+            "finest that holds eight times what they reach."
+        ),
+    ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the weights written; auto: as they are.")] = "auto",
-    calibrate: Calibrate = None,
+    data: Calibrate = None,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read pickled weights (tensors only).")] = False,
     overwrite: Overwrite = False,
     max_shard_size: Shards = "5GB",
 ) -> None:
-    """Make a reversible checkpoint of a stock one."""
-    source = open_source(src)
-    _check_target(source.folder, out, overwrite)
-    loaded = load_stock(source, dtype=dtype, allow_pickle=allow_pickle)
-    stock = loaded.model
-    model = to_reversible(stock, beta=beta, grid_bits=grid_bits)
-    depth = sum(model.config.stage_depths)
-    if layers is not None and len(chosen := _layers(layers, depth)) < depth:
-        model.set_beta([beta if i in chosen else 0.0 for i in range(depth)])
-    _say("from", f"{src}: {_describe(stock, model.config)}")
-    _say("to", f"{type(model).__name__}, {len(model.state_dict())} tensors mapped")
-    if rows := architecture_behind(type(model), model.config).reserved_rows(stock.config):
-        _say("", f"positions moved by {rows} rows: RoBERTa counts them from the padding token")
-    for note in loaded.notes:
-        _say("", note)
-    if loaded.left_out:
-        _say("left out", f"{', '.join(loaded.left_out)} ({type(stock).__name__} has no place for them)")
-    for line in bit_budget(model.config.layer_plans()):
-        _say("coupling", line)
-    measured = None
-    if calibrate is not None:
-        measured = fidelity(stock, model, real_batches(source, stock, calibrate))
-        _say("fidelity", f"{measured} ({calibrate}, against {src})")
-    with whole_directory(out, overwrite) as folder:
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
-        copied = copy_companions(source, folder, stock.config.model_type)
-        _card(model, out.name, src, measured).save(folder / "README.md")
-    _say("copied", ", ".join(copied) or "no tokenizer or image processor: there was none")
+    """Make a reversible checkpoint of a stock one, holding one tensor in memory at a time (but with --data the model)."""
+    check_shard_size(max_shard_size)
+    with Output(out, overwrite) as output:
+        source = open_source(src)
+        output.keep(source.folder)
+        plan = plan_stock(source, allow_pickle=allow_pickle)
+        batches = None if data is None else list(real_batches(source, plan.model, data))
+        fields = {"beta": beta, "grid_bits": DEFAULT_GRID_BITS if grid_bits is None else grid_bits}
+        conversion = Conversion.of(plan, **fields)
+        model: Any = conversion.twin
+        depth = sum(model.config.stage_depths)
+        if layers is not None and len(chosen := _layers(layers, depth)) < depth:
+            model.set_beta([beta if i in chosen else 0.0 for i in range(depth)])
+        _say("from", f"{src}: {_describe(plan.model, model.config, plan.weights.dtype(plan.model.config))}")
+        _say("to", f"{type(model).__name__}, {len(model.state_dict())} tensors mapped")
+        if rows := conversion.architecture.reserved_rows(plan.model.config):
+            _say("", f"positions moved by {rows} rows: RoBERTa counts them from the padding token")
+        for note in (*output.notes, *source.notes, *plan.notes):
+            _say("", note)
+        if plan.left_out:
+            _say("left out", f"{', '.join(plan.left_out)} ({type(plan.model).__name__} has no place for them)")
+        measured = None
+        if batches is not None:
+            stock = load_stock(source, allow_pickle=allow_pickle).model
+            twin = to_reversible(stock, **{**fields, "beta": model.config.beta})
+            bits, largest = grid_bits_for(twin, batches)
+            if grid_bits is None:
+                model.config.grid_bits = twin.config.grid_bits = bits
+            _say(
+                "grid",
+                f"{model.config.grid_bits} bits; states reach {largest:.3g} on {data}, for which {bits} are the finest",
+            )
+            measured = fidelity(stock, twin, batches)
+            _say("fidelity", f"{measured} ({data}, against {src})")
+        for line in bit_budget(model.config.layer_plans()):
+            _say("coupling", line)
+        with output.writing() as folder:
+            conversion.write(folder, max_shard_size, dtype)
+            copied = copy_companions(source, folder, plan.model.config.model_type, allow_pickle)
+            _card(model, out.name, src, measured).save(folder / "README.md")
+    _say_copied(copied)
     _say("wrote", f"{out}")
 
 
@@ -122,39 +149,42 @@ def export(
     src: Annotated[str, typer.Argument(metavar="SRC", help="A reversible checkpoint: a directory or a Hub id.")],
     out: Out,
     dtype: Annotated[Dtype, typer.Option(help="Of the weights written; auto: as they are.")] = "auto",
-    calibrate: Calibrate = None,
+    data: Calibrate = None,
     overwrite: Overwrite = False,
     max_shard_size: Shards = "5GB",
 ) -> None:
     """Make a stock checkpoint of a reversible one, for plain transformers, or for timm if that has the stock model.
 
-    The fidelity is measured on --calibrate, or else on random inputs, which say little about real ones.
+    The fidelity is measured on --data, or else on random inputs, which say little about real ones.
     """
-    source = open_source(src)
-    _check_target(source.folder, out, overwrite)
-    model: Any = load_reversible(source, dtype=dtype).model
-    library = architecture_behind(type(model), model.config).library
-    stock = to_plain(model)
-    _say("from", f"{src}: {_describe(model)}")
-    target = type(stock).__name__ if library is None else f"{library.name}'s {library.model_name(model)}"
-    _say("to", f"{target}, {len(stock.state_dict())} tensors mapped")
-    if calibrate is not None:
-        measured, where = fidelity(model, stock, real_batches(source, model, calibrate)), str(calibrate)
-    else:
-        measured, where = (
-            fidelity(model, stock, [random_batch(model)]),
-            "random inputs; give real ones with --calibrate",
-        )
-    _say("fidelity", f"{measured} ({where})")
-    if any(plan.reversible for plan in model.config.layer_plans()):
-        _say("", "the weights were trained with a beta above 0, the stock model is beta=0: see BetaSchedule.anneal")
-    with whole_directory(out, overwrite) as folder:
-        if library is None:
-            stock.save_pretrained(folder, max_shard_size=max_shard_size)
+    check_shard_size(max_shard_size)
+    with Output(out, overwrite) as output:
+        source = open_source(src)
+        output.keep(source.folder)
+        model: Any = load_reversible(source, dtype=dtype).model
+        if data is not None:
+            batches, where = list(real_batches(source, model, data)), str(data)
         else:
-            library.save(model, folder, source.folder / "preprocessor_config.json")
-        copied = copy_companions(source, folder, stock.config.model_type)
-    _say("copied", ", ".join(copied) or "no tokenizer or image processor: there was none")
+            batches, where = [random_batch(model)], "random inputs; give real ones with --data"
+        library = architecture_behind(type(model), model.config).library
+        stock = to_plain(model)
+        _say("from", f"{src}: {_describe(model)}")
+        target = type(stock).__name__ if library is None else f"{library.name}'s {library.model_name(model)}"
+        _say("to", f"{target}, {len(stock.state_dict())} tensors mapped")
+        for note in output.notes:
+            _say("", note)
+        _say("fidelity", f"{fidelity(model, stock, batches)} ({where})")
+        if any(plan.reversible for plan in model.config.layer_plans()):
+            _say(
+                "", "the weights were trained with a beta above 0, the stock model is beta=0: see BetaSchedule.anneal"
+            )
+        with output.writing() as folder:
+            if library is None:
+                stock.save_pretrained(folder, max_shard_size=max_shard_size)
+            else:
+                library.save(model, folder, source.folder / "preprocessor_config.json")
+            copied = copy_companions(source, folder, stock.config.model_type)
+    _say_copied(copied)
     _say("wrote", f"{out}")
 
 
@@ -163,7 +193,7 @@ def verify(
     model_name: Annotated[
         str, typer.Argument(metavar="MODEL", help="A reversible checkpoint: a directory or a Hub id.")
     ],
-    batch: RealInputs = None,
+    data: RealInputs = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Inputs in the step.")] = 4,
     max_length: MaxLength = 128,
     engine: Annotated[Literal["reprop", "pareprop"], typer.Option(help="The engine to verify.")] = "pareprop",
@@ -177,13 +207,13 @@ def verify(
     model.set_backward_engine(engine)
     inputs = (
         random_batch(model, batch_size=batch_size, length=max_length)
-        if batch is None
-        else next(real_batches(source, model, batch, batch_size=batch_size, limit=batch_size, max_length=max_length))
+        if data is None
+        else next(real_batches(source, model, data, batch_size=batch_size, limit=batch_size, max_length=max_length))
     )
     _say("model", f"{model_name}: {_describe(model)}, on {model.device}")
     _say(
         "inputs",
-        f"{'random' if batch is None else batch}, " + ", ".join(f"{k} {tuple(v.shape)}" for k, v in inputs.items()),
+        f"{'random' if data is None else data}, " + ", ".join(f"{k} {tuple(v.shape)}" for k, v in inputs.items()),
     )
     for line in bit_budget(model.config.layer_plans()):
         _say("coupling", line)
@@ -209,7 +239,7 @@ def verify(
 @app.command()
 def bench(
     model_name: Annotated[
-        str, typer.Option("--model", help="A checkpoint, stock or reversible: a directory or a Hub id.")
+        str, typer.Argument(metavar="MODEL", help="A checkpoint, stock or reversible: a directory or a Hub id.")
     ],
     data: RealInputs = None,
     batch_size: Annotated[int, typer.Option(min=1, help="The batch size that you want to train with.")] = 8,
@@ -236,9 +266,28 @@ def bench(
     if where.type not in ("cpu", "cuda"):
         raise CheckpointError(f"--device {device}: memory is measured on a CPU and on CUDA; use one of them.")
     cap = memory_of(where) if memory_cap is None else _bytes(memory_cap)
+    with nullcontext() if out is None else Output(out, overwrite) as output:
+        _bench(model_name, data, batch_size, max_length, cap, beta, autocast, where, compiled, rounds, output)
     if out is not None:
-        _check_target(Path(model_name), out, overwrite)
+        _say("wrote", f"{out}")
+
+
+def _bench(
+    model_name: str,
+    data: Path | None,
+    batch_size: int,
+    max_length: int,
+    cap: int,
+    beta: float,
+    autocast: str,
+    where: torch.device,
+    compiled: bool,
+    rounds: int,
+    output: Output | None,
+) -> None:
     source = open_source(model_name, weights=False)
+    if output is not None:
+        output.keep(source.folder)
     subject = subject_of(source)
     bf16 = autocast == "bf16" or (autocast == "auto" and where.type == "cuda")
     batch = batch_for(source, subject, data, batch_size, max_length)
@@ -257,17 +306,16 @@ def bench(
     said = recommend(rows, batch_size, cap, side_lane(where).overlaps)
     for part in (table(rows, limits), where_bytes_go(rows), [said]):
         typer.echo("\n" + "\n".join(part))
-    if out is None:
+    if output is None:
         return
     found = {"title": title, "memory_cap": cap, "recommendation": said, "largest_batch": limits}
     found |= {"rows": [row.as_dict() for row in rows], **software()}
-    with whole_directory(out, overwrite) as folder:
+    with output.writing() as folder:
         (folder / "bench.json").write_text(json.dumps(found, indent=1) + "\n")
         try:
             plot(rows, title, cap).savefig(folder / "bench.png", dpi=110)
         except ImportError:
             _say("", "no plot: it takes matplotlib (pip install matplotlib)")
-    _say("wrote", f"{out}")
 
 
 def _bytes(text: str) -> int:
@@ -291,23 +339,15 @@ def _layers(text: str, depth: int) -> set[int]:
     return chosen
 
 
-def _check_target(folder: Path, out: Path, overwrite: bool) -> None:
-    """Before anything is read, so that nothing is computed in vain, and never over the source."""
-    if out.resolve() == folder.resolve():
-        raise CheckpointError(f"{out} is the source itself, which is not overwritten: name another directory.")
-    if out.exists() and not overwrite:
-        raise CheckpointError(f"{out} exists: name another directory, or add --overwrite to replace it.")
-
-
-def _describe(model: PreTrainedModel, config: Any = None) -> str:
+def _describe(model: PreTrainedModel, config: Any = None, dtype: torch.dtype | None = None) -> str:
     """
     Args:
         config: of the reversible twin, if ``model`` is a stock model, which does not say how many layers it has.
+        dtype: of the weights, if ``model`` is a plan.
     """
     config, millions = config or model.config, sum(p.numel() for p in model.parameters()) / 1e6
-    dtype = str(model.dtype).removeprefix("torch.")
     size = f"{layers_in_words(config)} layers, {width_of(config)} wide, {millions:.1f} M"
-    return f"{type(model).__name__}, {size}, {dtype}"
+    return f"{type(model).__name__}, {size}, {str(dtype or model.dtype).removeprefix('torch.')}"
 
 
 def _card(model: ReversiblePreTrainedModel, name: str, src: str, measured: Fidelity | None):
@@ -330,18 +370,44 @@ def _device(name: str) -> torch.device:
     return found
 
 
+def _say_copied(copied: Copied) -> None:
+    _say("copied", ", ".join(copied.names) or "no tokenizer or image processor: there was none")
+    for note in copied.notes:
+        _say("", note)
+    if copied.left:
+        _say("not copied", ", ".join(copied.left))
+
+
 def _say(what: str, text: str) -> None:
     typer.echo(f"{what:>9}  {text}")
 
 
 def main() -> None:
-    """Entry point: errors that a user can mend are one line on stderr and exit status 1."""
+    """Entry point: errors are one line on stderr and exit status 1."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # not every system has both
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _stop)
     try:
         app()
-    except (ValueError, TypeError, OSError) as error:
-        sys.exit(f"error: {error}")
+    except Exception as error:
+        sys.exit(f"error: {_one_line(error)}")
+
+
+def _stop(number: int, frame: Any) -> None:
+    """Leave as by an exception, so that nothing half-written stays behind."""
+    print(f"error: stopped by {signal.Signals(number).name}; nothing was written", file=sys.stderr)
+    sys.exit(128 + number)
+
+
+def _one_line(error: Exception) -> str:
+    """What a user can mend says it itself; anything else with what it is."""
+    text = " ".join(str(error).split())
+    if isinstance(error, (ValueError, TypeError, OSError)) and text:
+        return text
+    return f"{type(error).__name__}: {text}".rstrip(": ")
 
 
 if __name__ == "__main__":

@@ -2,12 +2,12 @@
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-import torch
 import transformers
-from torch import nn
+from accelerate import init_empty_weights
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..configuration_reversible import ReversibleConfig
@@ -55,6 +55,25 @@ def to_reversible(
 def _reversible_twin(model: PreTrainedModel, fields: dict[str, Any]) -> ReversiblePreTrainedModel:
     if isinstance(model, ReversiblePreTrainedModel):
         return _recoupled(model, fields)
+    twin, architecture, sources = reversible_structure(model, fields)
+    given = model.state_dict(keep_vars=True)
+    values = {n: architecture.to_reversible_tensor(s, given[s].detach(), model.config) for n, s in sources.items()}
+    return _filled(twin, model, values, sources)
+
+
+def reversible_structure(
+    model: PreTrainedModel, fields: dict[str, Any]
+) -> tuple[ReversiblePreTrainedModel, Architecture, dict[str, str]]:
+    """The reversible twin of a stock model, without values.
+
+    Returns:
+        The twin, with parameters on the meta device; the architecture of ``model``; and by the names of the twin's tensors those
+        of ``model`` that they come from, by way of :meth:`Architecture.to_reversible_tensor`.
+
+    Raises:
+        ValueError: there is none.
+        TypeError: a field is unknown.
+    """
     architecture, head = architecture_of(type(model).__name__)
     if architecture.library and not architecture.library.head_of(model.config.to_dict()):
         raise ValueError(
@@ -62,15 +81,13 @@ def _reversible_twin(model: PreTrainedModel, fields: dict[str, Any]) -> Reversib
             f"{architecture.library.name}'s models {architecture.library.models} has one."
         )
     config = reversible_config(model.config, architecture, head, fields)
-    target = _like(model, architecture.heads[head], config)
-    wanted, given = target.state_dict(keep_vars=True), model.state_dict(keep_vars=True)
-    names = {name: architecture.reversible_name(name, head, wanted) for name in given}
-    _check_names(model, target, {names[n]: n for n in given}, wanted, given)
-    for name, tensor in given.items():
-        parameter = wanted[names[name]]
-        parameter.data = architecture.to_reversible_tensor(name, tensor.detach(), model.config)
-        parameter.requires_grad_(tensor.requires_grad)
-    return _placed(target, model)
+    twin, sources = _structure(
+        model,
+        architecture.heads[head],
+        config,
+        lambda wanted, given: {architecture.reversible_name(name, head, wanted): name for name in given},
+    )
+    return twin, architecture, sources
 
 
 def _recoupled(model: ReversiblePreTrainedModel, fields: dict[str, Any]) -> ReversiblePreTrainedModel:
@@ -100,15 +117,15 @@ def to_stock(model: ReversiblePreTrainedModel) -> PreTrainedModel:
         config = architecture.library.wrapper_config(model)
     else:
         _, cls, config = stock_twin(type(model), model.config)
-    target = _like(model, cls, config)
-    wanted, given = target.state_dict(keep_vars=True), model.state_dict(keep_vars=True)
-    names = {name: architecture.reversible_name(name, head, given) for name in wanted}
-    _check_names(model, target, names, wanted, given)
-    for name, parameter in wanted.items():
-        tensor = given[names[name]]
-        parameter.data = architecture.to_stock_tensor(name, tensor.detach(), config)
-        parameter.requires_grad_(tensor.requires_grad)
-    return _placed(target, model)
+    twin, sources = _structure(
+        model,
+        cls,
+        config,
+        lambda wanted, given: {name: architecture.reversible_name(name, head, given) for name in wanted},
+    )
+    given = model.state_dict(keep_vars=True)
+    values = {name: architecture.to_stock_tensor(name, given[s].detach(), config) for name, s in sources.items()}
+    return _filled(twin, model, values, sources)
 
 
 def reversible_config(
@@ -185,18 +202,52 @@ def _stock_config(
     return result
 
 
-def _like(source: PreTrainedModel, cls: type[Model], config: PreTrainedConfig) -> Model:
-    """A ``cls`` with any weights, with a pooler if ``source`` has one."""
+def _structure(
+    source: PreTrainedModel,
+    cls: type[Model],
+    config: PreTrainedConfig,
+    named: Callable[[dict[str, Any], dict[str, Any]], dict[str, str]],
+) -> tuple[Model, dict[str, str]]:
+    """A ``cls`` without values, and by the names of its tensors those of ``source`` that they come from.
+
+    Args:
+        named: gives the latter, from the tensors of both by their names.
+    """
+    twin, given = _empty(source, cls, config), source.state_dict(keep_vars=True)
+    wanted = twin.state_dict()
+    sources = named(wanted, given)
+    _check_names(source, twin, sources, wanted, given)
+    ties = getattr(twin, "all_tied_weights_keys", {})
+    if any(given[sources[a]] is not given[sources[b]] for a, b in ties.items()):
+        # The configuration says that they are tied, and the checkpoint had different ones: the twin keeps both.
+        config.tie_word_embeddings = False
+        twin = _empty(source, cls, config)
+    return twin, sources
+
+
+def _empty(source: PreTrainedModel, cls: type[Model], config: PreTrainedConfig) -> Model:
+    """A ``cls`` whose parameters have no values, with a pooler if ``source`` has one."""
     options = {"add_pooling_layer": source.pooler is not None} if hasattr(source, "pooler") else {}
     if getattr(getattr(source, "embeddings", None), "mask_token", None) is not None:
         options["use_mask_token"] = True
-    devices = [source.device.index] if source.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):  # the weights drawn here are overwritten: leave no trace in the user's stream
-        return cls._from_config(config, **options)
+    with init_empty_weights(include_buffers=False):
+        twin: Model = cls._from_config(config, **options)
+    twin.tie_weights()
+    return twin
 
 
-def _placed(target: Model, source: PreTrainedModel) -> Model:
-    placed: Model = nn.Module.to(target, source.device)
+def _filled(twin: Model, source: PreTrainedModel, values: Mapping[str, Tensor], sources: Mapping[str, str]) -> Model:
+    """``twin`` with values, on the device, in the mode and as trainable as ``source``."""
+    given = source.state_dict(keep_vars=True)
+    for name, value in values.items():
+        place, _, leaf = name.rpartition(".")
+        module = twin.get_submodule(place)
+        if isinstance(getattr(module, leaf), nn.Parameter):
+            setattr(module, leaf, nn.Parameter(value, requires_grad=given[sources[name]].requires_grad))
+        else:
+            setattr(module, leaf, value)
+    twin.tie_weights()
+    placed: Model = nn.Module.to(twin, source.device)
     return placed.train(source.training)
 
 

@@ -327,25 +327,34 @@ ARCHITECTURES = {a.model_type: a for family in ROWS for a in family.architecture
 """By the model type of the stock checkpoints."""
 
 STOCK_CLASSES: dict[str, tuple[Architecture, str]] = {
-    prefix + head: (architecture, head)
+    architecture.prefix + head: (architecture, head)
     for architecture in ARCHITECTURES.values()
-    if (prefix := architecture.library.wrapper if architecture.library else architecture.prefix)
+    if architecture.prefix is not None
     for head in architecture.heads
 }
-"""From the name of a stock class, or of one that wraps stock models of another library, to its architecture and head."""
+"""From the name of a stock class to its architecture and head."""
+
+WRAPPERS: dict[str, tuple[Architecture, str]] = {
+    architecture.library.wrapper + head: (architecture, head)
+    for architecture in ARCHITECTURES.values()
+    if architecture.library is not None
+    for head in architecture.heads
+}
+"""From the name of a class in which transformers wraps stock models of another library to their architecture and head."""
 
 
 def architecture_of(class_name: str) -> tuple[Architecture, str]:
-    """The architecture and head of a stock class.
+    """The architecture and head of a stock class, or of one that wraps stock models of another library.
 
     Raises:
         ValueError: it has no reversible twin.
     """
-    if class_name not in STOCK_CLASSES:
+    known = STOCK_CLASSES | WRAPPERS
+    if class_name not in known:
         raise ValueError(
             f"{class_name or 'this checkpoint'} has no reversible twin: these have: {', '.join(STOCK_CLASSES)}."
         )
-    return STOCK_CLASSES[class_name]
+    return known[class_name]
 
 
 def library_class(config: Mapping[str, Any]) -> type[ReversiblePreTrainedModel] | None:

@@ -1,5 +1,6 @@
 """How close two models are on real inputs: a conversion and its original, a reversible model and its export."""
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -7,6 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from ..modeling_reversible import ReversiblePreTrainedModel
+from ..observer import Observer, observing
+from ..plan import DEFAULT_GRID_BITS, MOST_GRID_BITS, LayerPlan
+
+MARGIN = 8
+"""How many times the largest state of the inputs that were tried a grid holds."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,44 @@ def fidelity(a: PreTrainedModel, b: PreTrainedModel, batches: Iterable[Mapping[s
         raise ValueError("there are no inputs to compare the models on.")
     agreement = torch.cat(agreements).mean().item() if agreements else None
     return Fidelity(inputs, torch.cat(cosines).mean().item(), agreement, identical)
+
+
+def grid_bits_for(model: ReversiblePreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> tuple[int, float]:
+    """The finest grid whose range is eight times the largest state on these inputs, and that state.
+
+    Raises:
+        ValueError: no grid has the range.
+
+    Example:
+        >>> grid_bits_for(model, [batch])
+        (20, 14.2)
+    """
+    config: Any = model.config
+    before, training, given = config.grid_bits, model.training, list(batches)
+    model.eval()
+    try:
+        for bits in range(DEFAULT_GRID_BITS, 0, -4):  # until the states do not overflow
+            config.grid_bits, peaks = bits, _Peaks()
+            with torch.no_grad(), observing(peaks), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that they do
+                for batch in given:
+                    model(**batch)
+            largest = max(peaks.found, default=0.0)
+            wide_enough = [b for b in range(1, MOST_GRID_BITS + 1) if MARGIN * largest < LayerPlan(1.0, b).limit]
+            if largest < LayerPlan(1.0, bits).limit and wide_enough:
+                return wide_enough[-1], largest
+    finally:
+        config.grid_bits = before
+        model.train(training)
+    raise ValueError("the states are too large for any grid on these inputs, or not finite: train the stock model.")
+
+
+class _Peaks(Observer):
+    def __init__(self) -> None:
+        self.found: list[float] = []
+
+    def forward_ends(self, peak: Tensor, grid_bits: int | None) -> None:
+        self.found.append(peak.item() * 2.0 ** -(grid_bits or 0))
 
 
 def _run(model: PreTrainedModel, batch: Mapping[str, Any]) -> tuple[Tensor, list[Tensor]]:

@@ -1,15 +1,20 @@
 """Real inputs for a model: lines of a text file, or images."""
 
+import warnings
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
-from .checkpoint import CheckpointError, Source
+from .source import CheckpointError, Source
 
 TABLES = {".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow"}
+CHARACTERS = 64
+"""Of a text for each token that is asked for; words are shorter."""
+
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
@@ -37,18 +42,14 @@ def real_batches(
 def _text_batches(source, model, path: Path, batch_size: int, limit: int, max_length: int) -> Iterator[dict[str, Any]]:
     if path.is_dir() or path.suffix.lower() in TABLES:
         raise CheckpointError(f"{path} is not plain text: give a file with one text per line.")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path} is not text in UTF-8: {error}.") from error
-    texts = [line for line in lines if line.strip()][:limit]
+    texts = list(islice(_lines(path, max_length), limit))
     if not texts:
         raise CheckpointError(f"{path} has no text in it.")
     if not source.has_vocabulary():
         raise CheckpointError(f"{source.name} has no tokenizer to read {path} with: put its files there.")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library has no class for its own
         raise CheckpointError(f"{source.name} has no tokenizer that can be loaded: {_first_line(error)}") from error
     config = model.config
     positions = config.max_position_embeddings - (config.pad_token_id or 0) - 1
@@ -64,17 +65,31 @@ def _text_batches(source, model, path: Path, batch_size: int, limit: int, max_le
         yield _shaped({name: batch[name].to(model.device) for name in names if name in batch}, model)
 
 
+def _lines(path: Path, max_length: int) -> Iterator[str]:
+    """The lines of a text file that say something, each as far as ``max_length`` tokens can reach."""
+    longest = CHARACTERS * max_length
+    try:
+        with path.open(encoding="utf-8") as file:
+            while line := file.readline(longest):
+                if line.strip():
+                    yield line.rstrip("\n")
+                while len(line) == longest and not line.endswith("\n"):
+                    line = file.readline(longest)  # the rest of it
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is not text in UTF-8: {error}.") from error
+
+
 def _image_batches(source, model, path: Path, batch_size: int, limit: int) -> Iterator[dict[str, Any]]:
     try:
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image
     except ImportError as error:
         raise CheckpointError("reading images takes Pillow: pip install pillow.") from error
     files = sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGES) if path.is_dir() else [path]
     if not files:
         raise CheckpointError(f"{path} has no images in it ({', '.join(sorted(IMAGES))}).")
     try:
-        processor = AutoImageProcessor.from_pretrained(source.folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        processor = AutoImageProcessor.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever a damaged file makes of a processor
         raise CheckpointError(
             f"{source.name} has no image processor that can be loaded: {_first_line(error)}"
         ) from error
@@ -82,9 +97,11 @@ def _image_batches(source, model, path: Path, batch_size: int, limit: int) -> It
         images = []
         for file in files[start : min(start + batch_size, limit)]:
             try:
-                with Image.open(file) as image:
-                    images.append(image.convert("RGB" if model.config.num_channels == 3 else "L"))
-            except (OSError, UnidentifiedImageError) as error:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error", Image.DecompressionBombWarning)
+                    with Image.open(file) as image:
+                        images.append(image.convert("RGB" if model.config.num_channels == 3 else "L"))
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Warning) as error:
                 raise CheckpointError(f"{file} is not an image that can be read: {error}.") from error
         pixels = processor(images=images, return_tensors="pt")["pixel_values"]
         yield {"pixel_values": pixels.to(model.device)}
