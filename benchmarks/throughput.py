@@ -60,7 +60,8 @@ def child(job: Job) -> None:
 
 
 def contenders_of(job: Job) -> tuple[Contender, ...]:
-    return (*STOCK_CONTENDERS, *with_free_budget(reversible_contenders(job["betas"])))
+    stock = (way for way in STOCK_CONTENDERS if not (way.offload and job["device"] == "cpu"))  # where it does nothing
+    return (*stock, *with_free_budget(reversible_contenders(job["betas"])))
 
 
 def comparison_of(job: Job, device: torch.device) -> Comparison:

@@ -2,7 +2,7 @@
 
 # mypy: disable-error-code="override,arg-type,union-attr,operator,assignment"
 # Stock configurations type as optional what is always set, and module attributes as Tensor | Module.
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,18 @@ class PatchEmbeddings(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         return self.projection(pixel_values).flatten(2).transpose(1, 2)
+
+
+def refuse_decoder_inputs(inputs: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: there is one that only a decoder can use.
+    """
+    for name in ("past_key_values", "encoder_hidden_states", "encoder_attention_mask"):
+        if inputs.get(name) is not None:
+            raise ValueError(
+                f"{name}: the model is an encoder, which cannot use it; leave it out, or use the stock model."
+            )
 
 
 def check_channels(pixel_values: Tensor, channels: int) -> None:

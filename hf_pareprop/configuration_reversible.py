@@ -1,11 +1,13 @@
 """The configuration fields that every reversible family adds to its stock configuration."""
 
+from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.utils import logging
 
 from .plan import CONVERTED_BETA, DEFAULT_GRID_BITS, LayerPlan, check_engine, parse_budget, plan_layers
+from .remote_code import code_of, save_code
 
 logger = logging.get_logger("transformers.hf_pareprop")  # so that the verbosity of transformers holds for it
 
@@ -101,6 +103,18 @@ class ReversibleConfig(PreTrainedConfig):
         found = super().from_dict(config_dict, **kwargs)
         (found[0] if isinstance(found, tuple) else found).check_reversible()
         return found
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in transformers, with the code of the configuration.
+
+        Raises:
+            ValueError: a file of somebody else's lies where the code has to go.
+        """
+        family = next(cls for cls in type(self).__mro__ if "_auto_class" in cls.__dict__)
+        files = code_of(family)
+        save_code(Path(save_directory), files)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        save_code(Path(save_directory), files)  # transformers has copied them again, without a mark
 
     def layer_plans(self) -> tuple[LayerPlan, ...]:
         """How each layer is coupled.

@@ -51,6 +51,24 @@ class Head(ReversiblePreTrainedModel):
         raise NotImplementedError
 
 
+class ClassificationHead(Head):
+    """A head with one label, one number or several labels per input."""
+
+    def classification_loss(
+        self, labels: Tensor, logits: Tensor, num_items_in_batch: Tensor | int | None = None, **kwargs: Any
+    ) -> Tensor:
+        """The stock loss, in its share of a batch that Trainer accumulates.
+
+        Args:
+            num_items_in_batch: how many labels the batches have together whose gradients are accumulated. The stock losses of
+                regression and multi-label problems do not divide by it, and Trainer counts on that they do.
+        """
+        loss = self.loss_function(labels, logits, self.config, num_items_in_batch=num_items_in_batch, **kwargs)
+        if num_items_in_batch is None or self.config.problem_type not in ("regression", "multi_label_classification"):
+            return loss
+        return loss * (labels.ne(-100).sum() / num_items_in_batch).to(loss.device)  # counted as Trainer counts
+
+
 def _recorded(outputs: Any) -> dict[str, Any]:
     """What a base model recorded on its way."""
     names = ("hidden_states", "attentions", "reshaped_hidden_states")
@@ -150,7 +168,7 @@ class SentenceClassifier(nn.Module):
         return self.out_proj(self.dropout(hidden_states))
 
 
-class ForSequenceClassification(TextHead):
+class ForSequenceClassification(TextHead, ClassificationHead):
     kind = "ForSequenceClassification"
     output_class = SequenceClassifierOutput
 
@@ -162,7 +180,7 @@ class ForSequenceClassification(TextHead):
         return self.classifier(outputs.last_hidden_state)
 
     def loss(self, logits: Tensor, labels: Tensor, **kwargs: Any) -> Tensor:
-        return self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
+        return self.classification_loss(labels, logits, **kwargs)
 
 
 class ForTokenClassification(TextHead):
@@ -278,7 +296,7 @@ class StagedMaskedImageModelingOutput(MaskedImageModelingOutput):
     reshaped_hidden_states: tuple[Tensor, ...] | None = None
 
 
-class ForImageClassification(Head):
+class ForImageClassification(ClassificationHead):
     kind = "ForImageClassification"
     output_class: ClassVar[Any] = ImageClassifierOutput
 
@@ -301,7 +319,7 @@ class ForImageClassification(Head):
         """`labels` of shape `(batch,)`, or `(batch, num_labels)` for regression and multi-label problems."""
         outputs = self.base_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
         logits = self.logits(outputs)
-        loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
+        loss = None if labels is None else self.classification_loss(labels, logits, **kwargs)
         return self.output_class(loss=loss, logits=logits, **_recorded(outputs))
 
 

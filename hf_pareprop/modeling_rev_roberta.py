@@ -10,7 +10,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .blocks import Dense, Encoder, Layer, Pooler, SelfAttention, activation, apply_norm
+from .blocks import Dense, Encoder, Layer, Pooler, SelfAttention, activation, apply_norm, refuse_decoder_inputs
 from .configuration_rev_roberta import RevRobertaConfig
 from .heads import (
     ForMaskedLM,
@@ -194,9 +194,10 @@ class RevRobertaModel(RevRobertaPreTrainedModel):
         An encoder has no cache: `use_cache` is in the signature because every RoBERTa configuration sets it.
 
         Raises:
-            ValueError: not exactly one of `input_ids` and `inputs_embeds` is given, or a sequence has more tokens than
-                the model has positions.
+            ValueError: not exactly one of `input_ids` and `inputs_embeds` is given, a sequence has more tokens than the
+                model has positions, or there is an input of decoders.
         """
+        refuse_decoder_inputs(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         embeddings = self.embeddings(

@@ -93,10 +93,10 @@ class RevViTLayer(Layer):
     def __init__(self, config: RevViTConfig):
         super().__init__()
         self.attention = RevViTAttention(config)
-        self.intermediate = Dense(config.hidden_size, config.intermediate_size, activation(config.hidden_act))
-        self.output = Dense(config.intermediate_size, config.hidden_size, nn.Dropout(config.hidden_dropout_prob))
         self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.intermediate = Dense(config.hidden_size, config.intermediate_size, activation(config.hidden_act))
+        self.output = Dense(config.intermediate_size, config.hidden_size, nn.Dropout(config.hidden_dropout_prob))
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, tape: Tape, **kwargs) -> Tensor:
         """From one hidden state to the next, `(batch, patches, width)`; `tape` carries what travels beside it."""

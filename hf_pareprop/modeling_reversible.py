@@ -1,7 +1,5 @@
 """What all reversible models share: the switch of engines, and how they travel to the Hub and back."""
 
-import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -9,12 +7,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import logging
 
 from .engine import get_engine
 from .findings import Findings
 from .plan import LayerPlan, check_engine, plan_layers
+from .remote_code import code_of, save_code
 from .retention import Retention
 from .tape import Tape
 
@@ -173,7 +171,8 @@ class ReversiblePreTrainedModel(PreTrainedModel):
         """As in transformers; the code of the model goes along, so that it loads with `trust_remote_code=True`.
 
         Raises:
-            ValueError: a field of the configuration has been set to what it cannot be.
+            ValueError: a field of the configuration has been set to what it cannot be; or a file of somebody else's lies where
+                the code has to go.
         """
         self._check_and_map()
         if is_main_process:
@@ -198,11 +197,7 @@ class ReversiblePreTrainedModel(PreTrainedModel):
 
     def _save_code(self, folder: Path) -> None:
         # Not left to transformers, which would copy the file of the class that FSDP2 derives from ours.
-        family = next(cls for cls in type(self).__mro__ if "auto_map" in cls.__dict__)
-        source = str(sys.modules[family.__module__].__file__)
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in dict.fromkeys([source, *get_relative_import_files(source)]):
-            shutil.copyfile(file, folder / Path(file).name)
+        save_code(folder, code_of(next(cls for cls in type(self).__mro__ if "auto_map" in cls.__dict__)))
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel"):

@@ -101,3 +101,44 @@ def rebuilt():
 
     with observing(Noting()):
         yield found
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """The command line: its arguments in, what it says out."""
+    from hf_pareprop.tools import cli
+
+    def run(*arguments, status=0):
+        monkeypatch.setattr(sys, "argv", ["hf-pareprop", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        code = end.value.code
+        if isinstance(code, str):  # what the interpreter prints and turns into 1
+            code, message = 1, code
+        else:
+            message = ""
+        out, err = capsys.readouterr()
+        assert code == status, (code, message, out, err)
+        return out + message + err
+
+    return run
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """Three texts."""
+    path = tmp_path / "texts.txt"
+    path.write_text("w1 w2 w3\n\nw4 w5 w6 w7 w8 w9\nw10 nothing\n")
+    return path
+
+
+@pytest.fixture
+def src(tmp_path):
+    """A stock checkpoint with a tokenizer."""
+    from checkpoints import save_tokenizer
+    from test_architectures import stock
+
+    folder = tmp_path / "stock"
+    stock("RobertaForSequenceClassification").save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder

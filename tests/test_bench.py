@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from hf_pareprop.tools.bench import contenders, plot, recommend, table
+from hf_pareprop.tools.bench import code_for, contenders, plot, recommend, table
 from hf_pareprop.tools.compare import Row
 from hf_pareprop.tools.records import MB
 from hf_pareprop.tools.timing import OUT_OF_MEMORY, time_interleaved
@@ -37,6 +37,52 @@ def test_plain_training_where_it_is_fastest():
 def test_plain_training_also_within_the_scatter_of_timings():
     rows = [row(PLAIN, 8, 9.9, 800), row(PAREPROP, 8, 10, 200)]
     assert recommend(rows, 8, CAP).startswith("Stay with plain training.")
+
+
+def scattered(name, batch_size, rates, megabytes):
+    """With several samples, in samples per second."""
+    return Row(name, batch_size, ms=[1e3 * batch_size / rate for rate in rates], peak_bytes=megabytes * MB)
+
+
+def test_overlapping_ranges_are_not_ranked():
+    """Plain training, or else what needs the least memory; unless a step is faster in every sample."""
+    noisy = [scattered(CHECKPOINTED, 8, [7, 9, 10], 700), scattered(PAREPROP, 8, [6, 8, 9.5], 260)]
+    said = recommend(noisy, 8, CAP)
+    assert said.startswith("Train the reversible model")
+    assert f"As fast, as far as these timings tell: {CHECKPOINTED}." in said
+    plain = scattered(PLAIN, 8, [5, 7.5, 9.1], 900)
+    assert recommend([plain, *noisy], 8, CAP).startswith("Stay with plain training.")
+    assert "and about as long" in recommend([plain, *noisy], 8, CAP)
+    clear = [scattered(CHECKPOINTED, 8, [9.6, 9.7, 9.8], 700), scattered(PAREPROP, 8, [6, 8, 9.5], 260)]
+    assert recommend(clear, 8, CAP).startswith("Use gradient checkpointing")
+    assert "[6.00-9.50]" in "".join(table([plain, *clear], {}))
+
+
+@pytest.mark.parametrize(
+    "name, batch_size, lines",
+    [
+        (PLAIN, 8, ["args = TrainingArguments(..., per_device_train_batch_size=8)"]),
+        (
+            CHECKPOINTED,
+            3,
+            [
+                "args = TrainingArguments(..., per_device_train_batch_size=3, gradient_accumulation_steps=3, "
+                "gradient_checkpointing=True)"
+            ],
+        ),
+        (
+            f"{PAREPROP}, budget of gradients",
+            8,
+            [
+                "model = hf_pareprop.to_reversible('some/model', backward_engine='pareprop', beta=0.0625, "
+                "memory_budget='gradients')",
+                "args = TrainingArguments(..., per_device_train_batch_size=8)",
+            ],
+        ),
+    ],
+)
+def test_code_that_applies_it(name, batch_size, lines):
+    assert code_for(row(name, batch_size, 8, 260), "some/model", 8) == lines
 
 
 def test_reversible_training_where_plain_does_not_fit():
@@ -99,9 +145,11 @@ def test_contenders(beta, reversible):
 
     And the faster engine with what it can keep for free.
     """
-    found = contenders(beta, compiled=True)
+    found = contenders(beta, True, torch.device("cuda"))
     assert len(found) == len(set(found)) == 4 + reversible
-    assert any(c.compiled for c in found) and not any(c.compiled for c in contenders(beta, compiled=False))
+    here = contenders(beta, False, torch.device("cpu"))
+    assert any(c.compiled for c in found) and not any(c.compiled for c in here)
+    assert any(c.offload for c in found) and not any(c.offload for c in here)  # which does nothing on a CPU
 
 
 def test_table_and_plot_hold_what_did_not_fit():

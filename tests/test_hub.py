@@ -93,9 +93,28 @@ def test_the_auto_map_names_every_head(family, tmp_path):
     assert config.auto_map == model.auto_map
     for reference in model.auto_map.values():
         module, cls = reference.split(".")
-        assert (tmp_path / f"{module}.py").read_text() == (PACKAGE / f"{module}.py").read_text()
+        mark, _, code = (tmp_path / f"{module}.py").read_text().partition("\n")
+        assert mark.startswith("# Written by hf_pareprop") and code == (PACKAGE / f"{module}.py").read_text()
         assert hasattr(sys.modules[f"hf_pareprop.{module}"], cls)
         assert getattr(hp, cls).__module__ == f"hf_pareprop.{module}"
+
+
+@pytest.mark.parametrize("content", ["# mine", "# Written by hf_pareprop, SHA-256 0\n", None])
+def test_code_of_somebody_else_is_not_replaced(content, tmp_path):
+    """Nor code of the package that was changed since."""
+    model = FAMILIES["vit"].build(1)
+    file = tmp_path / "engine.py"
+    if content is None:
+        model.save_pretrained(tmp_path)
+        content = file.read_text() + "# mine"
+    file.write_text(content)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="engine.py is not replaced by the code of the model"):
+        model.save_pretrained(tmp_path)
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    file.unlink()
+    for _ in range(2):  # its own is
+        model.save_pretrained(tmp_path)
 
 
 def test_auto_classes_know_the_package(tmp_path):
@@ -184,7 +203,7 @@ def test_triton_is_optional():
 
 
 def engine_files():
-    of_models = ("configuration_", "modeling_", "blocks", "heads")
+    of_models = ("configuration_", "modeling_", "blocks", "heads", "remote_code")
     return [file.stem for file in runtime_files() if not file.stem.startswith(of_models)]
 
 

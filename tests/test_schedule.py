@@ -62,6 +62,28 @@ def test_resuming_in_the_middle_of_a_stage(family, tmp_path):
     assert_same(whole[1], rest[1])
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 9])
+def test_annealing_ends_at_the_stock_model_in_few_steps(steps, tmp_path):
+    family, seen = FAMILIES["vit"], Seen()
+    model = build(family)
+    train(family, tmp_path, model=model, callbacks=[hp.BetaSchedule.anneal(), seen], max_steps=steps)
+    assert len(seen.betas) == steps and seen.betas[-1] == 0 and model.config.beta == 0
+    assert seen.betas == sorted(seen.betas, reverse=True)
+
+
+def test_resuming_a_schedule_that_grows(tmp_path):
+    """From the checkpoint's own model, whose betas are capped by the stage in which it was saved."""
+    family, caps = FAMILIES["vit"], {0: 1 / 8, 0.25: 0.25, 0.5: 1.0}
+    whole = train(family, tmp_path / "whole", model=build(family, [0.5, 1.0]), callbacks=[hp.BetaSchedule(caps)])
+    train(family, tmp_path / "parts", model=build(family, [0.5, 1.0]), callbacks=[hp.BetaSchedule(caps)], stop=2)
+    checkpoint, seen = str(tmp_path / "parts" / "checkpoint-2"), Seen()
+    model = family.model.from_pretrained(checkpoint).train()
+    assert model.config.beta == 1 / 8
+    rest = train(family, tmp_path / "parts", model=model, callbacks=[hp.BetaSchedule(caps), seen], resume=checkpoint)
+    assert seen.betas == [1 / 8] + [1 / 4] * 3 + [[0.5, 1.0]] * 6
+    assert_same(whole[1], rest[1])
+
+
 def test_growing_and_conventional_layers(tmp_path):
     family, seen = FAMILIES["vit"], Seen()
     schedule = hp.BetaSchedule({0.5: 1.0, 0: 0.125, 0.25: 0.25})

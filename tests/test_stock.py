@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from families import FAMILIES, assert_same, cast, gradients, linears, rebuilt_steps, step
+from peft import LoraConfig, get_peft_model
 from transformers.utils import logging
 
 import hf_pareprop as hp
@@ -435,3 +436,41 @@ def test_heads_that_do_not_divide_the_width(family):
     shape = row.small._replace(heads=5, depths=(1,))
     with pytest.raises(ValueError, match=f"a width of {shape.width} (is not a multiple of|and) 5 (attention )?heads"):
         family.model(row.config(shape, **row.small_fields))
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "encoder_hidden_states", "encoder_attention_mask"])
+def test_inputs_of_decoders(name):
+    family = FAMILIES["roberta"]
+    with pytest.raises(ValueError, match=f"{name}: the model is an encoder"):
+        family.build(1)(**family.batch(), **{name: torch.zeros(3, 11, 16)})
+    family.build(1)(**family.batch(), **{name: None})
+
+
+@pytest.mark.parametrize(
+    "wrap, way",
+    [
+        (lambda model: torch.compile(model), "is compiled: give the model in it, `model._orig_mod`"),
+        (lambda model: torch.optim.swa_utils.AveragedModel(model), "averages a model.*`model.module`"),
+        (lambda model: torch.nn.DataParallel(model), "spreads a model over devices.*`model.module`"),
+        (
+            lambda model: get_peft_model(model, LoraConfig(target_modules=["query"])),
+            "adds an adapter to a model.*merge_and_unload",
+        ),
+    ],
+)
+def test_models_in_other_modules(wrap, way):
+    family = FAMILIES["roberta"]
+    for function, model in ((hp.to_stock, family.build(1)), (hp.to_reversible, family.build_stock(1))):
+        with pytest.raises(TypeError, match=way):
+            function(wrap(model))
+    with pytest.raises(TypeError, match="a dict is no model"):
+        hp.to_reversible({})
+    with pytest.raises(ValueError, match="is not a reversible model: convert it"):
+        hp.verify(family.build_stock(1), family.batch())
+
+
+def test_the_order_of_vits_parameters():
+    """That of the stock model, so that the state of an optimizer fits both."""
+    family = FAMILIES["vit"]
+    shapes = [[tuple(p.shape) for p in model.parameters()] for model in (family.build_stock(2), family.build(2))]
+    assert shapes[0] == shapes[1]

@@ -37,6 +37,7 @@ class Accounting:
         graphs: activations that autograd has saved: of the whole model where they are stored, of a step or two where
             they are rebuilt.
         workspace: everything else: results on their way, gradients of activations.
+        activations: states and graphs at the moment when they are most, which may be another one.
     """
 
     parameters: int = 0
@@ -45,13 +46,15 @@ class Accounting:
     states: int = 0
     graphs: int = 0
     workspace: int = 0
+    activations: int = 0
 
     @property
     def total(self) -> int:
         return sum(self.parts().values())
 
     def parts(self) -> dict[str, int]:
-        return {part.name: getattr(self, part.name) for part in fields(self)}
+        """Those that are alive together."""
+        return {part.name: getattr(self, part.name) for part in fields(self) if part.name != "activations"}
 
 
 def predict(subject: Subject, contender: Contender, batch: Batch, device: torch.device, bf16: bool) -> Accounting:
@@ -130,10 +133,13 @@ class _Ledger(DispatchMode):
 
     def at_peak(self) -> Accounting:
         alive: dict[int, None] = {}
-        now = highest = 0
+        now = highest = kept = most_kept = 0
         peak: list[int] = []
         for number, change in self._history:
             now += change * self._sizes[number]
+            if self._kinds.get(number) in ("states", "graphs"):
+                kept += change * self._sizes[number]
+                most_kept = max(most_kept, kept)
             if change > 0:
                 alive[number] = None
             else:
@@ -143,7 +149,7 @@ class _Ledger(DispatchMode):
         totals = dict.fromkeys(Accounting().parts(), 0)
         for number in peak:
             totals[self._kinds.get(number, "workspace")] += self._sizes[number]
-        return Accounting(**totals)
+        return Accounting(**totals, activations=most_kept)
 
 
 @contextmanager

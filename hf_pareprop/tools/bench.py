@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig
+import torch
 from transformers.initialization import no_init_weights
 
-from .checkpoint import reversible_class
+from ..modeling_reversible import ReversiblePreTrainedModel
+from .checkpoint import config_of, reversible_class, stock_class
 from .compare import Comparison, Row
 from .contenders import (
     CHECKPOINTING,
@@ -20,10 +21,9 @@ from .contenders import (
     reversible_contenders,
     with_free_budget,
 )
-from .families import library_class
 from .inputs import random_batch, real_batches, with_targets
 from .records import MB, aligned, number, ratio, size_in_words
-from .source import CheckpointError, Source
+from .source import Source
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,10 +32,14 @@ LEVEL = 0.98
 """Plain training counts as fastest down to this share of the fastest: less is within what timings scatter."""
 
 
-def contenders(beta: float, compiled: bool) -> list[Contender]:
-    """The stock model's ways, and the reversible engines at ``beta`` and at 1, the coupling for training from scratch."""
+def contenders(beta: float, compiled: bool, device: torch.device) -> list[Contender]:
+    """The stock model's ways, and the reversible engines at ``beta`` and at 1, the coupling for training from scratch.
+
+    Without offloading to the CPU where the model is there already.
+    """
     betas = dict.fromkeys((beta, 1.0))
-    stock = [STOCK, CHECKPOINTING, OFFLOADING, *([COMPILED] if compiled else [])]
+    ways = {STOCK: True, CHECKPOINTING: True, OFFLOADING: device.type != "cpu", COMPILED: compiled}
+    stock = [way for way, wanted in ways.items() if wanted]
     return [*stock, *with_free_budget(reversible_contenders(list(betas), ("reprop", "pareprop")))]
 
 
@@ -43,18 +47,15 @@ def subject_of(source: Source) -> Subject:
     """What the configuration of a stock or reversible checkpoint describes; its weights are not read.
 
     Raises:
+        CheckpointError: the configuration is not one.
         ValueError: the architecture has no reversible twin.
     """
     if source.model_type.startswith("rev_"):
-        cls: Any = reversible_class(source)
-        return Subject(cls, cls.config_class.from_pretrained(source.folder))
-    if own := library_class(source.config):
-        config_class: Any = own.config_class
-        return Subject(own, config_class.from_pretrained(source.folder))
-    try:
-        config = AutoConfig.from_pretrained(source.folder)
-    except (ValueError, KeyError) as error:
-        raise CheckpointError(f"{source.name} has a configuration that transformers does not know: {error}") from error
+        own = reversible_class(source)
+        return Subject(own, config_of(source, own.config_class))
+    found, config = stock_class(source)
+    if issubclass(found, ReversiblePreTrainedModel):  # as of models of timm
+        return Subject(found, config)
     return Subject.of(source.class_name, config)
 
 
@@ -90,23 +91,28 @@ def sizes_within(comparison: Comparison, ways: Sequence[Contender], size: int) -
 
 
 def table(rows: Sequence[Row], limits: Mapping[str, int | None]) -> list[str]:
-    """A line per contender, in columns."""
+    """A line per contender, in columns: medians, and in brackets the slowest and the fastest step."""
     plain = next(row for row in rows if row.contender == STOCK.name)
-    lines = [["contender", "batch", "samples/s", "to plain", "peak", "predicted", "largest batch"]]
+    lines = [["contender", "batch", "samples/s", "to plain", "activations", "peak", "predicted", "largest batch"]]
     for row in rows:
-        speed, relative = row.samples_per_second, ratio(row.samples_per_second, plain.samples_per_second)
+        relative = ratio(row.samples_per_second, plain.samples_per_second)
+        sizes = (row.activation_bytes, row.peak_bytes, row.predicted_bytes)
         lines.append(
             [
                 row.contender,
                 str(row.batch_size),
-                row.error or number(speed, ".2f"),
+                row.error or _rate(row),
                 number(relative, ".2f"),
-                "-" if row.peak_bytes is None else size_in_words(row.peak_bytes),
-                "-" if row.predicted_bytes is None else size_in_words(row.predicted_bytes),
+                *("-" if size is None else size_in_words(size) for size in sizes),
                 number(limits.get(row.contender), "d"),
             ]
         )
     return aligned(lines, left={0})
+
+
+def _rate(row: Row) -> str:
+    slowest, fastest = row.range
+    return f"{number(row.samples_per_second, '.2f')} [{number(slowest, '.2f')}-{number(fastest, '.2f')}]"
 
 
 def where_bytes_go(rows: Sequence[Row]) -> list[str]:
@@ -117,62 +123,125 @@ def where_bytes_go(rows: Sequence[Row]) -> list[str]:
     return aligned(lines, left={0})
 
 
-def recommend(rows: Sequence[Row], size: int, cap: int, overlaps: bool = True) -> str:
-    """What to choose, in plain words.
+def choose(rows: Sequence[Row], size: int, cap: int) -> Row | None:
+    """The fastest way that fits; of those that timings cannot tell from it plain training, or else what needs the least memory.
 
     Args:
         rows: one per contender, at ``size`` or at the largest batch that fits, if that is less.
         size: the batch size that was asked for.
         cap: bytes that training may take.
+
+    Returns:
+        ``None`` if nothing fits.
+    """
+    level = _level(rows, cap)
+    plain = next((row for row in level if row.contender == STOCK.name), None)
+    return plain or min(level, key=lambda row: (-min(row.batch_size, size), row.needed_bytes or 0), default=None)
+
+
+def _sound(rows: Sequence[Row], cap: int) -> list[Row]:
+    return [row for row in rows if row.ms and (row.needed_bytes or 0) <= cap]
+
+
+def _level(rows: Sequence[Row], cap: int) -> list[Row]:
+    """The fastest row, and those that cannot be told from it: their ranges of times overlap, or differ by less than `LEVEL`."""
+    sound = _sound(rows, cap)
+    if not sound:
+        return []
+    fastest = max(sound, key=_speed)
+    return [row for row in sound if _overlap(row, fastest) or _speed(row) >= LEVEL * _speed(fastest)]
+
+
+def _overlap(a: Row, b: Row) -> bool:
+    return a.range[0] <= b.range[1] and b.range[0] <= a.range[1]
+
+
+def recommend(rows: Sequence[Row], size: int, cap: int, overlaps: bool = True) -> str:
+    """What :func:`choose` chooses of the same rows, in plain words.
+
+    Args:
         overlaps: whether pareprop has a lane of its own on this device.
     """
-    sound = [row for row in rows if row.ms and (row.needed_bytes or 0) <= cap]
+    sound, chosen = _sound(rows, cap), choose(rows, size, cap)
     within = f"within {size_in_words(cap)}"
-    if not sound:
+    if chosen is None:
         return f"Nothing trains this model {within}, not even at batch 1: take a smaller model or shorter inputs."
-    fastest = max(sound, key=_speed)
     plain = next((row for row in sound if row.contender == STOCK.name), None)
-    if plain is not None and _speed(plain) >= LEVEL * _speed(fastest):
-        fastest = plain
-    text = [_choice(fastest), f"It is the fastest here {within}: {_said(fastest)}."]
+    others = [row.contender for row in _level(rows, cap) if row is not chosen]
+    level = (
+        f"As fast, as far as these timings tell: {'; '.join(others)}."
+        if others
+        else f"It is the fastest here {within}."
+    )
+    text = [_choice(chosen), f"{level} {_said(chosen)}.".replace("..", ".")]
     rebuilding = [row for row in sound if row.contender.startswith(("reprop", "pareprop"))]
     best = max((row for row in rebuilding if row.batch_size == size), key=_speed, default=None)
     if plain is None:
         text.append(f"Plain training does not fit {within}, not even at batch 1.")
-    elif plain.batch_size < size and plain is not fastest:
+    elif plain.batch_size < size and plain is not chosen:
         text.append(f"Plain training fits up to batch {plain.batch_size}: {_said(plain)}.")
-    if fastest.batch_size < size:
+    if chosen.batch_size < size:
         text.append(
-            f"Accumulate gradients over {-(-size // fastest.batch_size)} steps for batch {size}. Where {size} samples "
+            f"Accumulate gradients over {-(-size // chosen.batch_size)} steps for batch {size}. Where {size} samples "
             + (
                 "have to be in one step, nothing fits."
                 if not (whole := [row for row in sound if row.batch_size == size])
                 else f"have to be in one step (contrastive losses), take {_said(max(whole, key=_speed))}."
             )
         )
-    elif best is not None and fastest not in rebuilding and fastest.ms and best.needed_bytes and fastest.needed_bytes:
+    elif best is not None and chosen not in rebuilding and best.needed_bytes and chosen.needed_bytes:
+        longer = (
+            "about as long"
+            if _overlap(best, chosen)
+            else f"{_speed(chosen) / _speed(best):.2f} times as long, as it computes layers once more to rebuild their inputs"
+        )
         text.append(
             f"Reversible training ({best.contender}) would take {size_in_words(best.needed_bytes)} instead of "
-            f"{size_in_words(fastest.needed_bytes)} and {_speed(fastest) / _speed(best):.2f} times as long, as it "
-            "computes layers once more to rebuild their inputs: it pays when you need a larger batch, longer inputs or a deeper model than fits."
+            f"{size_in_words(chosen.needed_bytes)} and {longer}: it pays when you need a larger batch, longer inputs or a deeper model "
+            "than fits."
         )
     if rebuilding and not overlaps:
         text.append("pareprop runs like reprop here: PyTorch's threads leave no core idle for the rebuilding.")
     return " ".join(text)
 
 
+def _settings(row: Row) -> list[str]:
+    """The fields of the configuration of a reversible contender, as keyword arguments."""
+    engine, beta, *kept = row.contender.split(", ")
+    settings = [f"backward_engine='{engine}'", beta.replace(" ", "=")]
+    return settings + [
+        "memory_budget='gradients'" if what == WITHIN_GRADIENTS else f"memory_budget='{what.split()[0]} layers'"
+        for what in kept
+    ]
+
+
 def _choice(row: Row) -> str:
     if row.contender == STOCK.name:
         return "Stay with plain training."
     if row.contender.startswith(("reprop", "pareprop")):
-        engine, beta, *kept = row.contender.split(", ")
-        settings = [f"backward_engine='{engine}'", beta.replace(" ", "=")]
-        settings += [
-            "memory_budget='gradients'" if what == WITHIN_GRADIENTS else f"memory_budget='{what.split()[0]} layers'"
-            for what in kept
-        ]
-        return f"Train the reversible model with {', '.join(settings)}, batch size {row.batch_size}."
+        return f"Train the reversible model with {', '.join(_settings(row))}, batch size {row.batch_size}."
     return f"Use {row.contender} of the stock model, batch size {row.batch_size}."
+
+
+def code_for(row: Row, model_name: str, size: int) -> list[str]:
+    """The lines of a training script that apply what :func:`choose` chose.
+
+    Args:
+        model_name: of the checkpoint that was compared.
+        size: the batch size that was asked for.
+    """
+    arguments = [f"per_device_train_batch_size={row.batch_size}"]
+    if row.batch_size < size:
+        arguments.append(f"gradient_accumulation_steps={-(-size // row.batch_size)}")
+    options = {CHECKPOINTING.name: "gradient_checkpointing=True", COMPILED.name: "torch_compile=True"}
+    if option := options.get(row.contender):
+        arguments.append(option)
+    lines = [f"args = TrainingArguments(..., {', '.join(arguments)})"]
+    if row.contender.startswith(("reprop", "pareprop")):
+        lines.insert(0, f"model = hf_pareprop.to_reversible({model_name!r}, {', '.join(_settings(row))})")
+    if row.contender == OFFLOADING.name:
+        lines.append("with torch.autograd.graph.save_on_cpu(pin_memory=True):  # around the forward pass")
+    return lines
 
 
 def _said(row: Row) -> str:

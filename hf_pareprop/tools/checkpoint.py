@@ -14,7 +14,7 @@ from .families import MODEL_CLASSES, architecture_of, library_class
 from .source import CheckpointError, Source
 from .weights import Weights, open_weights
 
-DEEPEST = 10_000
+DEEPEST = 1000
 """Layers; more are a mistake."""
 
 NOT_COUNTS = {"num_labels", "num_classes", "num_features"}
@@ -47,17 +47,15 @@ def plan_stock(source: Source, *, allow_pickle: bool = False) -> Loaded:
         CheckpointError: the weights are missing, damaged, pickled without ``allow_pickle``, or not those of the class.
         ValueError: the architecture has no reversible twin.
     """
-    cls, config = stock_class(source)
     weights = open_weights(source, allow_pickle)
-    _check_depth(source, config, len(weights.shapes))
+    cls, config = stock_class(source, len(weights.shapes))
     return _load(source, cls, config, weights, weights.numbered(getattr(config, "vocab_size", None)), None)
 
 
 def load_stock(source: Source, *, dtype: str = "auto", allow_pickle: bool = False) -> Loaded:
     """The same with its weights."""
-    cls, config = stock_class(source)
     weights = open_weights(source, allow_pickle)
-    _check_depth(source, config, len(weights.shapes))
+    cls, config = stock_class(source, len(weights.shapes))
     return _load(source, cls, config, weights, weights.all(), dtype)
 
 
@@ -67,9 +65,8 @@ def load_reversible(source: Source, *, dtype: str = "auto") -> Loaded:
     Raises:
         CheckpointError: it is not a reversible checkpoint of this package, or damaged.
     """
-    cls = reversible_class(source)
-    config, weights = config_of(source, cls.config_class), open_weights(source)
-    _check_depth(source, config, len(weights.shapes))
+    cls, weights = reversible_class(source), open_weights(source)
+    config = config_of(source, cls.config_class, tensors=len(weights.shapes))
     return _load(source, cls, config, weights, weights.all(), dtype)
 
 
@@ -87,8 +84,11 @@ def reversible_class(source: Source) -> type[ReversiblePreTrainedModel]:
     return MODEL_CLASSES[source.class_name]
 
 
-def stock_class(source: Source) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+def stock_class(source: Source, tensors: int = DEEPEST) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
     """The class of the stock model in ``source``, or the reversible one where transformers has none, and its configuration.
+
+    Args:
+        tensors: of how many the weights are.
 
     Raises:
         CheckpointError: the configuration is not one.
@@ -99,7 +99,7 @@ def stock_class(source: Source) -> tuple[type[PreTrainedModel], PreTrainedConfig
             f"{source.name} is reversible already: change its beta with from_pretrained(..., beta=…)."
         )
     if own := library_class(source.config):
-        config = config_of(source, own.config_class)
+        config = config_of(source, own.config_class, tensors=tensors)
         config.beta = 0.0
         return own, config
     if source.model_type not in CONFIG_MAPPING:
@@ -107,18 +107,27 @@ def stock_class(source: Source) -> tuple[type[PreTrainedModel], PreTrainedConfig
             f"{source.name} has model type {source.model_type!r}, which transformers {transformers.__version__} does not "
             "know and which has no reversible twin."
         )
-    architecture_of(source.class_name)
+    architecture, head = architecture_of(source.class_name)
     cls = getattr(transformers, source.class_name)
-    return cls, config_of(source, cls.config_class)
+    return cls, config_of(source, cls.config_class, architecture.heads[head].config_class, tensors)
 
 
-def config_of(source: Source, config_class: Any) -> Any:
+def config_of(source: Source, config_class: Any, own: Any = None, tensors: int = DEEPEST) -> Any:
     """The configuration in ``source``.
+
+    Args:
+        own: the configuration class of the reversible twin, if that is another one.
+        tensors: of how many the weights are; there are not more layers.
 
     Raises:
         CheckpointError: a field is not what it should be.
     """
     fields = dict(source.config)
+    if (depth := _depth(source, own or config_class)) > min(tensors, DEEPEST):
+        what = f"its weights are {tensors} tensors" if tensors < depth else "no model is so deep"
+        raise CheckpointError(
+            f"config.json of {source.name} says that the model has {depth} layers, but {what}: correct it."
+        )
     for name, value in fields.items():
         counts = name.startswith("num_") or name.endswith(("_size", "_dim", "_embeddings")) or name == "depths"
         if not counts or name in NOT_COUNTS:
@@ -129,8 +138,7 @@ def config_of(source: Source, config_class: Any) -> Any:
     try:
         if hasattr(config_class, "stock_dict") and source.model_type != config_class.model_type:
             fields = config_class.from_stock_dict(config_class.stock_dict(fields))
-        config = config_class.from_dict(fields)
-        depth = _depth(config)
+        return config_class.from_dict(fields)
     except (
         ArithmeticError,
         AttributeError,
@@ -141,22 +149,17 @@ def config_of(source: Source, config_class: Any) -> Any:
         StrictDataclassError,
     ) as error:
         raise CheckpointError(f"config.json of {source.name} is not that of a model: {_one_line(error)}") from error
-    if depth > DEEPEST:
-        raise CheckpointError(f"config.json of {source.name} says that the model has {depth} layers: is that right?")
-    return config
 
 
-def _depth(config: Any) -> int:
-    depths = getattr(config, "depths", None)
-    return sum(depths) if depths else int(getattr(config, "num_hidden_layers", 0))
+def _depth(source: Source, own: Any) -> int:
+    """How many layers a configuration says that there are, before anything is made of so many.
 
-
-def _check_depth(source: Source, config: Any, tensors: int) -> None:
-    """Before a model is made that may be far too deep."""
-    if (depth := _depth(config)) > tensors:
-        raise CheckpointError(
-            f"config.json of {source.name} says that the model has {depth} layers, but its weights are {tensors} tensors: correct it."
-        )
+    Args:
+        own: the configuration class of the reversible twin, which knows the fields that say it.
+    """
+    given: list[Any] = [source.config.get(name) for name in own.depth_fields(1)]
+    lists = [value if isinstance(value, list) else [value] for value in given]
+    return int(max(sum(number for number in numbers if type(number) in (int, float)) for numbers in lists))
 
 
 def _load(

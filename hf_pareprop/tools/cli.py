@@ -18,6 +18,8 @@ from ..modeling_reversible import ReversiblePreTrainedModel
 from ..plan import CONVERTED_BETA, DEFAULT_GRID_BITS, parse_size
 from .bench import (
     batch_for,
+    choose,
+    code_for,
     contenders,
     plot,
     recommend,
@@ -299,16 +301,18 @@ def _bench(
     )
     _say("model", title)
     _say("inputs", f"{'random' if data is None else data}; memory: {size_in_words(cap)}")
-    ways = with_retention(comparison, contenders(beta, compiled), batch_size)
+    ways = with_retention(comparison, contenders(beta, compiled, where), batch_size)
     sizes = sizes_within(comparison, ways, batch_size)
     rows = comparison.measure(sizes, rounds, lambda line: typer.echo(line, err=True), seconds=TIMING_SECONDS)
     limits = {way.name: comparison.largest_batch(way, cap) for way in ways}
     said = recommend(rows, batch_size, cap, side_lane(where).overlaps)
-    for part in (table(rows, limits), where_bytes_go(rows), [said]):
+    chosen = choose(rows, batch_size, cap)
+    code = [] if chosen is None else code_for(chosen, model_name, batch_size)
+    for part in (table(rows, limits), where_bytes_go(rows), [said], code):
         typer.echo("\n" + "\n".join(part))
     if output is None:
         return
-    found = {"title": title, "memory_cap": cap, "recommendation": said, "largest_batch": limits}
+    found = {"title": title, "memory_cap": cap, "recommendation": said, "code": code, "largest_batch": limits}
     found |= {"rows": [row.as_dict() for row in rows], **software()}
     with output.writing() as folder:
         (folder / "bench.json").write_text(json.dumps(found, indent=1) + "\n")

@@ -26,6 +26,7 @@ class Row:
         peak_bytes: allocated at the peak, weights and optimizer included.
         reserved_bytes: the same with the allocator's reserve; CUDA only.
         predicted: the accounting's bytes by what they are for.
+        activation_bytes: by the accounting, what is kept of the forward pass at the moment when that is most.
         error: why there is no time, or no peak.
     """
 
@@ -35,7 +36,15 @@ class Row:
     peak_bytes: int | None = None
     reserved_bytes: int | None = None
     predicted: dict[str, int] | None = None
+    activation_bytes: int | None = None
     error: str | None = None
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """Samples per second in the slowest and in the fastest step; 0 where nothing was measured."""
+        if not self.ms:
+            return 0.0, 0.0
+        return 1e3 * self.batch_size / max(self.ms), 1e3 * self.batch_size / min(self.ms)
 
     @property
     def samples_per_second(self) -> float | None:
@@ -108,7 +117,8 @@ class Comparison:
         steps: dict[str, Callable[[], Callable[[], None]]] = {}
         for contender, row in rows.items():
             if not contender.compiled:
-                row.predicted = self.predict(contender, row.batch_size).parts()
+                accounting = self.predict(contender, row.batch_size)
+                row.predicted, row.activation_bytes = accounting.parts(), accounting.activations
             if self._device.type == "cpu" and (row.predicted_bytes or 0) > self.cap:
                 row.error = OUT_OF_MEMORY  # a process is not told of it on a CPU but killed
                 continue

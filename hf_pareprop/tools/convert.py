@@ -15,6 +15,7 @@ from ..modeling_reversible import ReversiblePreTrainedModel
 from ..plan import CONVERTED_BETA
 from .architectures import Architecture
 from .families import ARCHITECTURES, architecture_of, library_class
+from .wrapping import check_bare
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -35,10 +36,10 @@ def to_reversible(
 
     Raises:
         ValueError: the architecture has no reversible twin, or a field is out of range.
-        TypeError: a field is unknown.
+        TypeError: a field is unknown, or ``model`` is compiled, wrapped or has an adapter.
     """
     fields = {"beta": list(beta) if isinstance(beta, tuple) else beta, **config_fields}
-    if not isinstance(model, PreTrainedModel):
+    if isinstance(model, (str, os.PathLike)):
         if cls := library_class(PreTrainedConfig.get_config_dict(model)[0]):
             return cls.from_pretrained(model, **fields)
         config = transformers.AutoConfig.from_pretrained(model)
@@ -49,6 +50,7 @@ def to_reversible(
             return own.from_pretrained(model, **fields)
         stock: PreTrainedModel = getattr(transformers, name).from_pretrained(model)
         return _reversible_twin(stock, fields)
+    check_bare(model)
     return _reversible_twin(model, fields)
 
 
@@ -108,8 +110,10 @@ def to_stock(model: ReversiblePreTrainedModel) -> PreTrainedModel:
 
     Raises:
         ValueError: ``model`` is not a reversible model of this package, or has no stock twin.
+        TypeError: it is compiled, wrapped or has an adapter.
         ImportError: that is a model of a library that is not installed.
     """
+    check_bare(model)
     architecture = architecture_behind(type(model), model.config)
     head = architecture.head_of(type(model))
     if architecture.library:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from ..plan import betas_per_layer
 from .callbacks import reversible_in
@@ -11,8 +12,8 @@ from .callbacks import reversible_in
 HALVINGS = (1 / 4, 1 / 8, 1 / 16, 1 / 32, 0.0)
 
 
-class BetaSchedule(TrainerCallback):
-    """Caps every layer's `beta` by stages of the training.
+class BetaSchedule(TrainerCallback, ExportableState):
+    """Caps every layer's `beta` by stages of the training. The last step is in the last stage, however few steps there are.
 
     `BetaSchedule.anneal()` is the way back to the stock model: at the end of the training the weights belong to
     `beta=0`, so that `to_stock` and `hf-pareprop export` give a model that computes the same. At 0 activations are
@@ -29,6 +30,7 @@ class BetaSchedule(TrainerCallback):
     """
 
     def __init__(self, caps: Mapping[float, float]):
+        caps = {float(fraction): cap for fraction, cap in caps.items()}  # strings, in a checkpoint
         for fraction in caps:
             if not 0 <= fraction <= 1:
                 raise ValueError(f"{fraction!r} is not a fraction of the training: give a number from 0 to 1.")
@@ -55,13 +57,26 @@ class BetaSchedule(TrainerCallback):
             )
         reversible = reversible_in(model)
         config = reversible.config
-        self._own = betas_per_layer(config.beta, sum(config.stage_depths))
-        own = config.beta
+        own: Any = self._own_betas_in(state) or config.beta
+        self._own = betas_per_layer(own, sum(config.stage_depths))
         for fraction in self.caps:  # a stage that cannot be is refused now, not in mid-training
             reversible.set_beta(self.beta(fraction))
         reversible.set_beta(own)
 
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint of Trainer keeps: its model has the betas of a stage, from which these could not be told."""
+        return {"args": {"caps": self.caps}, "attributes": {"_own": list(self._own)}}
+
+    def _own_betas_in(self, state: Any) -> list[float] | None:
+        """Those that the layers had when the training began which is resumed here."""
+        if not state.global_step:
+            return None
+        found = (state.stateful_callbacks or {}).get(type(self).__name__) or {}
+        own: list[float] | None = found.get("attributes", {}).get("_own") if isinstance(found, dict) else None
+        return own or None
+
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        reversible, beta = reversible_in(model), self.beta(state.global_step / state.max_steps)
+        last = state.global_step + 1 >= state.max_steps
+        reversible, beta = reversible_in(model), self.beta(1.0 if last else state.global_step / state.max_steps)
         if reversible.config.beta != beta:
             reversible.set_beta(beta)

@@ -13,6 +13,7 @@ from ..layer_call import Pair
 from ..modeling_reversible import ReversiblePreTrainedModel
 from ..observer import Observer, observing
 from ..plan import check_engine
+from .wrapping import check_bare
 
 T = TypeVar("T")
 
@@ -86,13 +87,19 @@ def verify(model: ReversiblePreTrainedModel, batch: Mapping[str, Any]) -> Report
             them the sum of the first output.
 
     Raises:
-        ValueError: the model's engine is ``autograd``, which rebuilds nothing.
+        TypeError: the model is compiled or wrapped.
+        ValueError: it is not reversible, or its engine is ``autograd``, which rebuilds nothing.
         RuntimeError: a layer was rebuilt with other states, which every training step checks by itself.
 
     Example:
         >>> print(verify(model, batch))
         24 reversible layers: rebuilt states bit-equal, gradients bit-equal, loss bit-equal; states up to 3.66 of 16384
     """
+    if not hasattr(model, "set_backward_engine"):  # which wrappers pass on, or not
+        check_bare(model)
+        raise ValueError(
+            f"{type(model).__name__} is not a reversible model: convert it with hf_pareprop.to_reversible."
+        )
     engine = model.config.backward_engine
     check_engine(engine)
     if engine == "autograd":
