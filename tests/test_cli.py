@@ -375,10 +375,18 @@ cli.main()
 """
 
 
+def with_default_signals():
+    """Tests may run where some are ignored, such as under nohup."""
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def begin(src, out, *options):
     """A conversion that has written its files and not yet put them in their place."""
     command = [sys.executable, "-c", PROGRAM, "convert", str(src), str(out), *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=with_default_signals
+    )
     while "written" not in (line := process.stdout.readline()):
         assert line, process.stderr.read()
     return process

@@ -108,7 +108,8 @@ def test_throughput_benchmark(tmp_path):
     (path,) = tmp_path.glob("throughput-*.json")
     parts = json.loads(path.read_text())["parts"]
     assert [part["kind"] for part in parts] == ["speed", "limits", "depths"]
-    assert all(row["ms"] and not row["error"] for row in parts[0]["rows"]) and len(parts[0]["rows"]) == 8
+    # Without offloading, which does nothing on a CPU.
+    assert all(row["ms"] and not row["error"] for row in parts[0]["rows"]) and len(parts[0]["rows"]) == 7
     assert parts[1]["limits"]["reprop, beta 1"]["16"] > parts[1]["limits"]["plain training"]["16"] > 1
     assert len(list(tmp_path.glob("*.png"))) == 2
     second = run(*command).stdout

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
@@ -234,7 +235,9 @@ def _empty(source: PreTrainedModel, cls: type[Model], config: PreTrainedConfig) 
     options = {"add_pooling_layer": source.pooler is not None} if hasattr(source, "pooler") else {}
     if getattr(getattr(source, "embeddings", None), "mask_token", None) is not None:
         options["use_mask_token"] = True
-    with init_empty_weights(include_buffers=False):
+    devices = [source.device.index] if source.device.type == "cuda" else []
+    # Stock ViT draws numbers even so: leave no trace in the user's stream.
+    with torch.random.fork_rng(devices), init_empty_weights(include_buffers=False):
         twin: Model = cls._from_config(config, **options)
     twin.tie_weights()
     return twin
