@@ -281,6 +281,10 @@ def test_weights_that_are_not_numbers(run, src, tmp_path):
     weights["classifier.dense.bias"][3] = float("nan")
     save_file(weights, src / "model.safetensors", {"format": "pt"})
     assert "classifier.dense.bias" in run("convert", src, tmp_path / "out", status=1)
+    (src / "model.safetensors").unlink()
+    torch.save(weights, src / "pytorch_model.bin")
+    said = run("convert", src, tmp_path / "out", "--allow-pickle", status=1)
+    assert "not finite in classifier.dense.bias" in said
     assert names_in(tmp_path) == ["stock"]
 
 

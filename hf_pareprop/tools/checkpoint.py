@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from ..modeling_reversible import ReversiblePreTrainedModel
 from .families import MODEL_CLASSES, architecture_of, library_class
-from .source import CheckpointError, Source
+from .source import CheckpointError, Source, one_line
 from .weights import Weights, open_weights
 
 DEEPEST = 1000
@@ -148,7 +148,7 @@ def config_of(source: Source, config_class: Any, own: Any = None, tensors: int =
         ValueError,
         StrictDataclassError,
     ) as error:
-        raise CheckpointError(f"config.json of {source.name} is not that of a model: {_one_line(error)}") from error
+        raise CheckpointError(f"config.json of {source.name} is not that of a model: {one_line(error)}") from error
 
 
 def _depth(source: Source, own: Any) -> int:
@@ -182,11 +182,11 @@ def _load(
         model, info = loads(None, config=config, state_dict=tensors, output_loading_info=True, **options_and_dtype)
     except RuntimeError as error:
         raise CheckpointError(
-            f"the weights of {source.name} are not those of its configuration: {_one_line(error)}"
+            f"the weights of {source.name} are not those of its configuration: {one_line(error)}"
         ) from error
     except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"config.json of {source.name} is not that of a {cls.__name__}: {_one_line(error)}"
+            f"config.json of {source.name} is not that of a {cls.__name__}: {one_line(error)}"
         ) from error
     missing = sorted(info["missing_keys"])
     if missing and not options and all(key.startswith("pooler.") for key in missing):
@@ -199,7 +199,3 @@ def _load(
             f"{', …' if len(missing) > 5 else ''}. Is 'architectures' in its config.json right?"
         )
     return Loaded(model, weights, left_out=sorted(info["unexpected_keys"]))
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -42,7 +42,7 @@ from .inputs import random_batch, real_batches
 from .memory import memory_growth
 from .output import Output
 from .records import device_name, layers_in_words, size_in_words, software, width_of
-from .source import CheckpointError, open_source
+from .source import CheckpointError, one_line, open_source
 from .verify import verify as verify_step
 from .weights import check_shard_size
 
@@ -397,7 +397,7 @@ def main() -> None:
     try:
         app()
     except Exception as error:
-        sys.exit(f"error: {_one_line(error)}")
+        sys.exit(f"error: {_in_words(error)}")
 
 
 def _stop(number: int, frame: Any) -> None:
@@ -406,12 +406,10 @@ def _stop(number: int, frame: Any) -> None:
     sys.exit(128 + number)
 
 
-def _one_line(error: Exception) -> str:
+def _in_words(error: Exception) -> str:
     """What a user can mend says it itself; anything else with what it is."""
-    text = " ".join(str(error).split())
-    if isinstance(error, (ValueError, TypeError, OSError)) and text:
-        return text
-    return f"{type(error).__name__}: {text}".rstrip(": ")
+    name, text = type(error).__name__, one_line(error)
+    return text if text == name or isinstance(error, (ValueError, TypeError, OSError)) else f"{name}: {text}"
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
-from .source import CheckpointError, Source
+from .source import CheckpointError, Source, first_line
 
 TABLES = {".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow"}
 CHARACTERS = 64
@@ -50,7 +50,7 @@ def _text_batches(source, model, path: Path, batch_size: int, limit: int, max_le
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library has no class for its own
-        raise CheckpointError(f"{source.name} has no tokenizer that can be loaded: {_first_line(error)}") from error
+        raise CheckpointError(f"{source.name} has no tokenizer that can be loaded: {first_line(error)}") from error
     config = model.config
     positions = config.max_position_embeddings - (config.pad_token_id or 0) - 1
     names = ("input_ids", "attention_mask", "token_type_ids")
@@ -91,7 +91,7 @@ def _image_batches(source, model, path: Path, batch_size: int, limit: int) -> It
         processor = AutoImageProcessor.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever a damaged file makes of a processor
         raise CheckpointError(
-            f"{source.name} has no image processor that can be loaded: {_first_line(error)}"
+            f"{source.name} has no image processor that can be loaded: {first_line(error)}"
         ) from error
     for start in range(0, min(len(files), limit), batch_size):
         images = []
@@ -152,7 +152,3 @@ def _shaped(batch: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
 
 def _pair(size: int | Sequence[int]) -> Sequence[int]:
     return (size, size) if isinstance(size, int) else size
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

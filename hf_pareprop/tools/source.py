@@ -133,8 +133,9 @@ def _downloaded(name: str, weights: bool) -> Path:
             "path, or the network."
         ) from error
     except (HFValidationError, HfHubHTTPError, OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{name} is neither a directory nor a model that the Hub gives: {reason}") from error
+        raise CheckpointError(
+            f"{name} is neither a directory nor a model that the Hub gives: {first_line(error)}"
+        ) from error
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
@@ -184,3 +185,13 @@ def without_code(value: Any) -> tuple[Any, list[str]]:
             kept[name], inner = without_code(item)
             dropped += inner
     return kept, dropped
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error, or its type where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """The same of its first line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

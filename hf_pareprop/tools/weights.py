@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .source import CheckpointError, Source, read_json
+from .source import CheckpointError, Source, one_line, read_json
 
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -57,13 +57,16 @@ class Weights:
         Raises:
             CheckpointError: its file is damaged.
         """
-        if name in self.unpickled:
-            return self.unpickled[name]
+        found = self.unpickled[name] if name in self.unpickled else self._read(name)
+        if not torch.isfinite(found).all():
+            where = self.files.get(name, "the pickle file")
+            raise CheckpointError(f"{where} has values that are not finite in {name}: it is damaged.")
+        return found
+
+    def _read(self, name: str) -> Tensor:
         # Opened anew for each, so that no page of the file that was read stays in memory.
         with _opened(self.files[name]) as file:
             found: Tensor = file.get_tensor(name)
-        if not torch.isfinite(found).all():
-            raise CheckpointError(f"{self.files[name]} has values that are not finite in {name}: it is damaged.")
         return found
 
     def dtype(self, config: Any) -> torch.dtype:
@@ -187,7 +190,7 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
         except RuntimeError:  # of the format before PyTorch 1.6, which cannot be mapped
             found = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, KeyError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"the weights in {path} cannot be read: {' '.join(str(error).split())}") from error
+        raise CheckpointError(f"the weights in {path} cannot be read: {one_line(error)}") from error
     if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
         raise CheckpointError(
             f"{path} is not a dictionary of tensors: give what torch.save(model.state_dict()) wrote."
