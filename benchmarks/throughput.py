@@ -61,7 +61,8 @@ def child(job: Job) -> None:
 
 def contenders_of(job: Job) -> tuple[Contender, ...]:
     stock = (way for way in STOCK_CONTENDERS if not (way.offload and job["device"] == "cpu"))  # where it does nothing
-    return (*stock, *with_free_budget(reversible_contenders(job["betas"])))
+    ways = (*stock, *with_free_budget(reversible_contenders(job["betas"])))
+    return tuple(way for way in ways if not any(text in way.name for text in job["without"]))
 
 
 def comparison_of(job: Job, device: torch.device) -> Comparison:
@@ -91,7 +92,7 @@ def predict_depths(job: Job, device: torch.device) -> dict[str, Any]:
     bf16 = job["precision"] == "bf16"
     found: dict[str, dict[int, dict[str, int]]] = {}
     for contender in contenders_of(job):
-        if not contender.compiled:
+        if contender.predictable:
             found[contender.name] = {
                 depth: predict(subject(job["size"], depth), contender, batch, device, bf16).parts()
                 for depth in job["layers"]
@@ -105,18 +106,20 @@ def predict_depths(job: Job, device: torch.device) -> dict[str, Any]:
 def jobs_of(args: argparse.Namespace) -> Iterator[Job]:
     """Every part; of batch sizes, the next larger one while there is a contender that the last one fitted."""
     common = {"device": args.device, "threads": args.threads, "betas": args.betas, "length": args.length}
+    common["without"] = args.without
     for size in args.sizes:
         for precision in args.precisions:
             part = {"size": size, "precision": precision, **common}
-            for batch_size in (STEP**i for i in count()):
+            for batch_size in args.batch_sizes or (STEP**i for i in count()):
                 if args.max_batch is not None and batch_size > args.max_batch:
                     break
                 job = {"kind": "speed", **part, "batch_size": batch_size, "rounds": args.rounds}
                 yield job
                 if all(row["error"] for row in job.get("rows", ())):
                     break
-            yield {"kind": "limits", **part, "caps": args.caps}
-        if not size.endswith("-deep"):
+            if args.caps:
+                yield {"kind": "limits", **part, "caps": args.caps}
+        if args.depths and not size.endswith("-deep"):
             yield {
                 "kind": "depths",
                 "size": size,
@@ -129,7 +132,7 @@ def jobs_of(args: argparse.Namespace) -> Iterator[Job]:
 
 def key(part: Job) -> str:
     fields = ("kind", "size", "precision", "batch_size", "device", "threads", "betas", "length", "caps", "layers")
-    return json.dumps([part.get(field) for field in fields])
+    return json.dumps([*(part.get(field) for field in fields), part.get("without", [])])
 
 
 def lost(job: Job, error: str) -> dict[str, Any]:
@@ -172,6 +175,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--max-batch", type=positive, help="where the ladder of batch sizes ends; default: 16 on a CPU"
+    )
+    parser.add_argument("--batch-sizes", nargs="+", type=positive, help="these, instead of a ladder of them")
+    parser.add_argument(
+        "--without",
+        nargs="+",
+        default=[],
+        help="leave out contenders whose names hold one of these texts, e.g. compile",
     )
     parser.add_argument("--length", type=positive, help="tokens of a text; default: 128 on a CPU, 512 on CUDA")
     parser.add_argument("--rounds", type=positive, help="samples of each time; default: 5 on a CPU, 10 on CUDA")

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from hf_pareprop.tools.contenders import CHECKPOINTING, COMPILED, OFFLOADING, STOCK
+from hf_pareprop.tools.contenders import CHECKPOINTING, COMPILED, COMPILED_WITHIN, OFFLOADING, SELECTIVE, STOCK
 from hf_pareprop.tools.records import MB, aligned, number, ratio
 
 if TYPE_CHECKING:
@@ -17,8 +17,10 @@ Row = dict[str, Any]
 COLOURS = {
     STOCK.name: "#000000",
     CHECKPOINTING.name: "#e69f00",
+    SELECTIVE.name: "#f0e442",
     OFFLOADING.name: "#999999",
     COMPILED.name: "#56b4e9",
+    **dict(zip((way.name for way in COMPILED_WITHIN), ("#8888ff", "#ccbbff"), strict=True)),
     "autograd": "#009e73",
     "reprop": "#d55e00",
     "pareprop": "#0072b2",

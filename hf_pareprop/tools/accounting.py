@@ -65,10 +65,10 @@ def predict(subject: Subject, contender: Contender, batch: Batch, device: torch.
         device: as of which the step runs: kernels, and with them what is saved, differ between devices.
 
     Raises:
-        ValueError: ``contender`` is compiled: what a compiler keeps is known after it has run.
+        ValueError: ``contender`` is compiled or selective: what is kept is known after it has run.
     """
-    if contender.compiled:
-        raise ValueError("the memory of a compiled model is not predicted: measure it.")
+    if not contender.predictable:
+        raise ValueError(f"the memory of {contender.name} is not predicted: measure it.")
     with FakeTensorMode(), no_init_weights():
         with torch.device(device):
             model = subject.build(contender)

@@ -13,8 +13,12 @@ from .compare import Comparison, Row
 from .contenders import (
     CHECKPOINTING,
     COMPILED,
+    COMPILED_WITHIN,
+    EXPENSIVE,
     OFFLOADING,
+    SELECTIVE,
     STOCK,
+    STOCK_CONTENDERS,
     WITHIN_GRADIENTS,
     Contender,
     Subject,
@@ -38,8 +42,9 @@ def contenders(beta: float, compiled: bool, device: torch.device) -> list[Conten
     Without offloading to the CPU where the model is there already.
     """
     betas = dict.fromkeys((beta, 1.0))
-    ways = {STOCK: True, CHECKPOINTING: True, OFFLOADING: device.type != "cpu", COMPILED: compiled}
-    stock = [way for way, wanted in ways.items() if wanted]
+    stock = [
+        way for way in STOCK_CONTENDERS if (compiled or not way.compiled) and (device.type != "cpu" or not way.offload)
+    ]
     return [*stock, *with_free_budget(reversible_contenders(list(betas), ("reprop", "pareprop")))]
 
 
@@ -82,7 +87,7 @@ def sizes_within(comparison: Comparison, ways: Sequence[Contender], size: int) -
     """The batch size for each contender: the one asked for, or the largest that fits where that is less."""
     sizes = {}
     for way in ways:
-        limit = size if way.compiled else comparison.predicted_limit(way, comparison.cap, at_most=size)
+        limit = size if not way.predictable else comparison.predicted_limit(way, comparison.cap, at_most=size)
         sizes[way] = max(1, limit)
     return sizes
 
@@ -233,10 +238,23 @@ def code_for(row: Row, model_name: str, size: int) -> list[str]:
     arguments = [f"per_device_train_batch_size={row.batch_size}"]
     if row.batch_size < size:
         arguments.append(f"gradient_accumulation_steps={-(-size // row.batch_size)}")
-    options = {CHECKPOINTING.name: "gradient_checkpointing=True", COMPILED.name: "torch_compile=True"}
-    if option := options.get(row.contender):
-        arguments.append(option)
+    if row.contender in (CHECKPOINTING.name, SELECTIVE.name):
+        arguments.append("gradient_checkpointing=True")
+    if row.contender == SELECTIVE.name:
+        arguments.append("gradient_checkpointing_kwargs={'use_reentrant': False, 'context_fn': selective}")
+    if row.contender.startswith(COMPILED.name):
+        arguments.append("torch_compile=True")
     lines = [f"args = TrainingArguments(..., {', '.join(arguments)})"]
+    if row.contender == SELECTIVE.name:
+        kept = ", ".join(f"torch.ops.{op}" for op in EXPENSIVE)
+        lines.insert(
+            0, f"selective = functools.partial(torch.utils.checkpoint.create_selective_checkpoint_contexts, [{kept}])"
+        )
+    lines += [
+        f"torch._functorch.config.activation_memory_budget = {way.activation_budget:g}  # before training"
+        for way in COMPILED_WITHIN
+        if way.name == row.contender
+    ]
     if row.contender.startswith(("reprop", "pareprop")):
         lines.insert(0, f"model = hf_pareprop.to_reversible({model_name!r}, {', '.join(_settings(row))})")
     if row.contender == OFFLOADING.name:

@@ -116,7 +116,7 @@ class Comparison:
         rows = {contender: Row(contender.name, size) for contender, size in sizes.items()}
         steps: dict[str, Callable[[], Callable[[], None]]] = {}
         for contender, row in rows.items():
-            if not contender.compiled:
+            if contender.predictable:
                 accounting = self.predict(contender, row.batch_size)
                 row.predicted, row.activation_bytes = accounting.parts(), accounting.activations
             if self._device.type == "cpu" and (row.predicted_bytes or 0) > self.cap:
@@ -178,11 +178,11 @@ class Comparison:
     def largest_batch(self, contender: Contender, cap: int) -> int | None:
         """The largest batch that stays below ``cap``: predicted on a CPU, from there on tried out on CUDA.
 
-        ``None`` for a compiled model on a CPU, of which nothing is predicted.
+        ``None`` on a CPU for what is not predictable.
         """
-        if contender.compiled and self._device.type == "cpu":
+        if not contender.predictable and self._device.type == "cpu":
             return None
-        guess = self.predicted_limit(STOCK if contender.compiled else contender, cap)
+        guess = self.predicted_limit(contender if contender.predictable else STOCK, cap)
         if self._device.type == "cpu":
             return guess
         with capped(self._device, cap):

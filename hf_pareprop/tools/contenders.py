@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..modeling_reversible import ReversiblePreTrainedModel
@@ -34,8 +35,10 @@ class Contender:
         beta: of the reversible model.
         budget: of memory, by which its last layers keep graphs and results of linear layers.
         checkpointing: activation checkpointing of every layer, as ``gradient_checkpointing=True`` does it.
+        selective: where it checkpoints, keep the results of matrix products and of attention all the same.
         offload: saved activations wait in the host's memory (``torch.autograd.graph.save_on_cpu``).
         compiled: ``torch.compile``, for each shape anew.
+        activation_budget: share of the activations that compiled code keeps; it computes the others again.
     """
 
     name: str
@@ -43,8 +46,15 @@ class Contender:
     beta: float = 0.0
     budget: str | None = None
     checkpointing: bool = False
+    selective: bool = False
     offload: bool = False
     compiled: bool = False
+    activation_budget: float = 1.0
+
+    @property
+    def predictable(self) -> bool:
+        """Whether the accounting knows its memory: what compilers and policies keep is known after they have run."""
+        return not (self.compiled or self.selective)
 
     def prepare(self, model: Any) -> None:
         """Have ``model``, plain or reversible as this contender is, work this way from the next forward pass on."""
@@ -53,7 +63,7 @@ class Contender:
             model.set_beta(self.beta)
             model.set_memory_budget(self.budget)
         else:
-            _checkpoint(model, self.checkpointing)
+            _checkpoint(model, self.checkpointing, self.selective)
 
     def retaining(self, layers: int) -> "Contender":
         """The same with the graphs of so many layers kept."""
@@ -69,14 +79,44 @@ class Contender:
             torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()) if self.offload else nullcontext()
         )
 
+    def compile(self, model: Any) -> Any:
+        """``model`` as this contender runs it. PyTorch shares compiled code between models with the same backend."""
 
-def _checkpoint(model: Any, on: bool) -> None:
+        def backend(graph: Any, inputs: Any) -> Any:
+            with torch._functorch.config.patch(activation_memory_budget=self.activation_budget):
+                return torch._dynamo.lookup_backend("inductor")(graph, inputs)
+
+        return torch.compile(model, dynamic=False, backend=backend)
+
+
+EXPENSIVE = tuple(
+    getattr(torch.ops.aten, name).default
+    for name in (
+        "mm",
+        "addmm",
+        "bmm",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+    )
+)
+"""Operations whose results selective checkpointing keeps: those bound by arithmetic, as in PyTorch's own example."""
+
+
+def _selective_contexts() -> Any:
+    return create_selective_checkpoint_contexts(list(EXPENSIVE))
+
+
+def _checkpoint(model: Any, on: bool, selective: bool) -> None:
     """Switch activation checkpointing of a model's layers, which transformers 5.23 renamed."""
     name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     if getattr(model, f"is_{name}_checkpointing") == on:
         return
     if on:
-        getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
+        getattr(model, f"{name}_checkpointing_enable")(
+            {"use_reentrant": False, **({"context_fn": _selective_contexts} if selective else {})}
+        )
     else:
         getattr(model, f"{name}_checkpointing_disable")()
 
@@ -84,8 +124,13 @@ def _checkpoint(model: Any, on: bool) -> None:
 STOCK = Contender("plain training")
 CHECKPOINTING = Contender("gradient checkpointing", checkpointing=True)
 OFFLOADING = Contender("activations on the CPU", offload=True)
+SELECTIVE = Contender("selective checkpointing", checkpointing=True, selective=True)
 COMPILED = Contender("torch.compile", compiled=True)
-STOCK_CONTENDERS = (STOCK, CHECKPOINTING, OFFLOADING, COMPILED)
+COMPILED_WITHIN = tuple(
+    Contender(f"torch.compile, activation budget {share:g}", compiled=True, activation_budget=share)
+    for share in (0.5, 0.1)
+)
+STOCK_CONTENDERS = (STOCK, CHECKPOINTING, SELECTIVE, OFFLOADING, COMPILED, *COMPILED_WITHIN)
 
 
 def reversible_contenders(
@@ -187,14 +232,14 @@ class Twins:
         self.device = device
         self._architecture = architecture_behind(subject.model_class, subject.config)
         self._head = self._architecture.head_of(subject.model_class)
-        self._models: dict[tuple[bool, bool], Any] = {}
+        self._models: dict[Contender | None, Any] = {}
         self._pairs: dict[Any, list[tuple[torch.nn.Parameter, torch.nn.Parameter]]] = {}
         self.plain = self._plain_model(STOCK)
         own = dict(self.plain.named_parameters())
         self._pairs[self.reversible] = [(own[name], twin) for name, twin in self._twins(self.plain).items()]
         self._optimizer = make_optimizer(self.plain)
         self._retentions: dict[Contender, Any] = {}
-        self._compiled: Any = None
+        self._compiled: dict[Contender, Any] = {}
 
     def step(self, contender: Contender, batch: Batch, bf16: bool) -> None:
         """One training step: forward, backward, optimizer, gradients freed."""
@@ -221,7 +266,7 @@ class Twins:
         return sum(tensor.nbytes for tensor in tensors)
 
     def _plain_model(self, contender: Contender) -> Any:
-        key = contender.checkpointing, contender.compiled
+        key = contender if contender.checkpointing or contender.compiled else None
         if key not in self._models:
             model: Any = to_plain(self.reversible)
             used = dict(model.named_parameters())
@@ -230,7 +275,7 @@ class Twins:
                     len(twin) - len(used[name]) :
                 ]  # rows before those of BERT's position table
             self._models[key] = model
-            own = dict(self._models[False, False].named_parameters())
+            own = dict(self._models[None].named_parameters())
             self._pairs[model] = [(own[name], parameter) for name, parameter in used.items()]
         return self._models[key]
 
@@ -243,10 +288,10 @@ class Twins:
     def _callable(self, contender: Contender, model: Any, batch: Batch, bf16: bool) -> Any:
         if not contender.compiled:
             return model
-        if self._compiled is None:
-            self._compiled = torch.compile(model, dynamic=False)
+        if contender not in self._compiled:
+            self._compiled[contender] = compiled = contender.compile(model)
             # Before anything is timed: the first pass sets a field of the configuration, so the second one compiles again.
             for _ in range(2):
-                forward_backward(self._compiled, batch, contender, self.device, bf16)
+                forward_backward(compiled, batch, contender, self.device, bf16)
             model.zero_grad(set_to_none=True)
-        return self._compiled
+        return self._compiled[contender]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from transformers import PreTrainedConfig, TimmWrapperConfig
+from transformers import PreTrainedConfig
 from transformers.utils import is_timm_available
 
 from ..configuration_rev_mvit import ARCHITECTURES
@@ -106,6 +106,8 @@ def wrapper_config(model: RevMViTPreTrainedModel) -> PreTrainedConfig:
             f"The stock twin of {type(model).__name__} is a model of timm, which is not installed: pip install timm. Without it, "
             "hf-pareprop export writes a checkpoint that timm loads."
         )
+    from transformers import TimmWrapperConfig  # imports timm in transformers 5.17, and with it torchvision
+
     config: PreTrainedConfig = TimmWrapperConfig.from_dict(fields, **given)
     return config
 
