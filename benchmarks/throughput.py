@@ -51,7 +51,7 @@ def child(job: Job) -> None:
     if job["threads"]:
         torch.set_num_threads(job["threads"])
     torch.manual_seed(0)
-    device = torch.device(job["device"])
+    device = torch.device("cuda", 0) if job["device"] == "cuda" else torch.device(job["device"])
     began = time.perf_counter()
     found = {"speed": measure_speed, "limits": find_limits, "depths": predict_depths}[job["kind"]](job, device)
     machine = {"cpu": cpu_model(), "cores": cores(), "threads": torch.get_num_threads()}

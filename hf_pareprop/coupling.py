@@ -159,8 +159,8 @@ def checksum(*states: Tensor) -> Tensor:
     rows in another order have another sum.
     """
     rows = torch.stack([state.sum(-1, dtype=torch.int32) for state in states]).flatten().long()
-    factors = torch.arange(1, 2 * rows.numel(), 2, device=rows.device)
-    return torch.dot(rows, factors.mul_(0x9E3779B1))
+    factors = torch.arange(1, 2 * rows.numel(), 2, device=rows.device).mul_(0x9E3779B1)
+    return torch.sum(factors.mul_(rows))  # CUDA has no dot product of integers
 
 
 def checksum_of_values(values: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from hf_pareprop.tools.contenders import (
 from hf_pareprop.tools.memory import peak_bytes
 
 CPU = torch.device("cpu")
-CONTENDERS = [c for c in STOCK_CONTENDERS if not c.compiled] + list(reversible_contenders((1, 0.5, 1 / 32)))
+CONTENDERS = [c for c in STOCK_CONTENDERS if c.predictable] + list(reversible_contenders((1, 0.5, 1 / 32)))
 SIZE = 6
 
 

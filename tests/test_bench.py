@@ -146,7 +146,7 @@ def test_contenders(beta, reversible):
     And the faster engine with what it can keep for free.
     """
     found = contenders(beta, True, torch.device("cuda"))
-    assert len(found) == len(set(found)) == 4 + reversible
+    assert len(found) == len(set(found)) == 7 + reversible
     here = contenders(beta, False, torch.device("cpu"))
     assert any(c.compiled for c in found) and not any(c.compiled for c in here)
     assert any(c.offload for c in found) and not any(c.offload for c in here)  # which does nothing on a CPU
