@@ -73,7 +73,9 @@ def measure_speed(job: Job, device: torch.device) -> dict[str, Any]:
     """Time and peak memory of a step of every contender at one batch size."""
     comparison = comparison_of(job, device)
     sizes = dict.fromkeys(contenders_of(job), job["batch_size"])
-    rows = comparison.measure(sizes, job["rounds"], lambda line: None, WARM_UPS[device.type])
+    rows = comparison.measure(
+        sizes, job["rounds"], lambda line: None, WARM_UPS[device.type], accounting=not job["unpredicted"]
+    )
     return {"rows": [row.as_dict() for row in rows]}
 
 
@@ -106,7 +108,7 @@ def predict_depths(job: Job, device: torch.device) -> dict[str, Any]:
 def jobs_of(args: argparse.Namespace) -> Iterator[Job]:
     """Every part; of batch sizes, the next larger one while there is a contender that the last one fitted."""
     common = {"device": args.device, "threads": args.threads, "betas": args.betas, "length": args.length}
-    common["without"] = args.without
+    common |= {"without": args.without, "unpredicted": args.unpredicted}
     for size in args.sizes:
         for precision in args.precisions:
             part = {"size": size, "precision": precision, **common}
@@ -182,6 +184,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         default=[],
         help="leave out contenders whose names hold one of these texts, e.g. compile",
+    )
+    parser.add_argument(
+        "--unpredicted", action="store_true", help="measure only: the accounting takes seconds per contender"
     )
     parser.add_argument("--length", type=positive, help="tokens of a text; default: 128 on a CPU, 512 on CUDA")
     parser.add_argument("--rounds", type=positive, help="samples of each time; default: 5 on a CPU, 10 on CUDA")

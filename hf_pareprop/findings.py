@@ -39,7 +39,9 @@ class Findings:
 
     @torch.compiler.disable
     def settle(self) -> None:
-        """Tell the numbers that have arrived."""
+        """Tell the numbers that have arrived; none while a CUDA graph is captured, when events must not be asked."""
+        if not self._coming or torch.cuda.is_current_stream_capturing():
+            return
         while self._coming and self._coming[0][1].query():
             host, _, tell = self._coming.pop(0)
             tell(host.item())

@@ -15,6 +15,8 @@ from typing import Any, Protocol
 
 import torch
 
+from .torch_private import let_streams_differ
+
 
 class Job(Protocol):
     """A rebuild under way."""
@@ -191,6 +193,7 @@ class StreamLane:
     overlaps = True
 
     def __init__(self, device: torch.device):
+        let_streams_differ()
         self._device = device
         self._streams = (torch.cuda.Stream(device), torch.cuda.Stream(device))
         self._turn = 0

@@ -57,6 +57,13 @@ def backward_pass() -> int:
     return task() if task else 0
 
 
+def let_streams_differ() -> None:
+    """Have PyTorch not warn where gradients come from another stream than a parameter's first use: lanes mean it."""
+    warn = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)  # since 2.10
+    if warn:
+        warn(False)
+
+
 def version_of(tensor: Tensor) -> int:
     """How often a tensor was modified in place; tensors of the inference mode do not count it."""
     return 0 if tensor.is_inference() else tensor._version

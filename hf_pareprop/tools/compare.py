@@ -106,19 +106,20 @@ class Comparison:
         say: Callable[[str], None],
         warm_ups: int = 1,
         seconds: float = float("inf"),
+        accounting: bool = True,
     ) -> list[Row]:
         """Each contender at its batch size: times in rounds over all of them, then peaks one by one.
 
-        After so many ``seconds`` no further round of timing begins.
+        After so many ``seconds`` no further round of timing begins. Without ``accounting`` nothing is predicted beside it.
 
         What runs out of memory, or would on a CPU, is a row with that error.
         """
         rows = {contender: Row(contender.name, size) for contender, size in sizes.items()}
         steps: dict[str, Callable[[], Callable[[], None]]] = {}
         for contender, row in rows.items():
-            if contender.predictable:
-                accounting = self.predict(contender, row.batch_size)
-                row.predicted, row.activation_bytes = accounting.parts(), accounting.activations
+            if accounting and contender.predictable:
+                bytes_ = self.predict(contender, row.batch_size)
+                row.predicted, row.activation_bytes = bytes_.parts(), bytes_.activations
             if self._device.type == "cpu" and (row.predicted_bytes or 0) > self.cap:
                 row.error = OUT_OF_MEMORY  # a process is not told of it on a CPU but killed
                 continue
