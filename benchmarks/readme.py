@@ -56,8 +56,9 @@ def throughput(file: Path) -> Iterator[str]:
         yield ""
     if limits:
         yield from _limits(limits, predicted=next(iter(limits.values()))["device"] == "cpu")
-    yield f"![memory against depth](benchmarks/results/{file.stem}-memory.png)"
-    yield ""
+    if file.with_name(picture := f"{file.stem}-memory.png").exists():
+        yield f"![memory against depth](benchmarks/results/{picture})"
+        yield ""
 
 
 def _limits(limits: dict[Column, Part], predicted: bool) -> Iterator[str]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.activations import ACT2FN
+from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .layer_call import named_parameters_of
@@ -40,6 +41,17 @@ class PatchEmbeddings(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         return self.projection(pixel_values).flatten(2).transpose(1, 2)
+
+
+def attention_mask_for(config: Any, embeddings: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+    """The mask that attention layers take, of a padding mask; `None` where nothing is masked.
+
+    Without a padding mask transformers says `None` itself, but 5.17 not in the capture of a CUDA graph: with the mask that it
+    makes there, PyTorch chooses another attention kernel than in the same step outside of a graph.
+    """
+    if attention_mask is None and config._attn_implementation in ("eager", "sdpa"):
+        return None
+    return create_bidirectional_mask(config=config, inputs_embeds=embeddings, attention_mask=attention_mask)
 
 
 def refuse_decoder_inputs(inputs: Mapping[str, Any]) -> None:

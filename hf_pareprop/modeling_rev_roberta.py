@@ -5,12 +5,21 @@
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .blocks import Dense, Encoder, Layer, Pooler, SelfAttention, activation, apply_norm, refuse_decoder_inputs
+from .blocks import (
+    Dense,
+    Encoder,
+    Layer,
+    Pooler,
+    SelfAttention,
+    activation,
+    apply_norm,
+    attention_mask_for,
+    refuse_decoder_inputs,
+)
 from .configuration_rev_roberta import RevRobertaConfig
 from .heads import (
     ForMaskedLM,
@@ -206,9 +215,7 @@ class RevRobertaModel(RevRobertaPreTrainedModel):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
         )
-        attention_mask = create_bidirectional_mask(
-            config=self.config, inputs_embeds=embeddings, attention_mask=attention_mask
-        )
+        attention_mask = attention_mask_for(self.config, embeddings, attention_mask)
         sequence_output = self.encode(embeddings, attention_mask, position_ids=position_ids, **kwargs)
         pooled_output = self.pooler(sequence_output) if self.pooler is not None else None
         return BaseModelOutputWithPoolingAndCrossAttentions(

@@ -5,7 +5,6 @@
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -18,6 +17,7 @@ from .blocks import (
     Pooler,
     SelfAttention,
     activation,
+    attention_mask_for,
     check_channels,
     masked,
     resized_positions,
@@ -174,9 +174,7 @@ class RevViTModel(RevViTPreTrainedModel):
             bool_masked_pos=bool_masked_pos,
             interpolate_pos_encoding=interpolate_pos_encoding,
         )
-        attention_mask = create_bidirectional_mask(
-            config=self.config, inputs_embeds=embeddings, attention_mask=attention_mask
-        )
+        attention_mask = attention_mask_for(self.config, embeddings, attention_mask)
         sequence_output = self.layernorm(self.encode(embeddings, attention_mask, **kwargs))
         pooled_output = self.pooler(sequence_output) if self.pooler is not None else None
         return BaseModelOutputWithPooling(last_hidden_state=sequence_output, pooler_output=pooled_output)

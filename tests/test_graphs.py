@@ -3,6 +3,7 @@
 import pytest
 import torch
 from families import FAMILIES, assert_same, gradients, step
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import hf_pareprop as hp
 from hf_pareprop import cuda_rng, replay
@@ -103,6 +104,27 @@ def test_a_capture_without_schedule_refuses_dropout(family, monkeypatch, where, 
     with pytest.raises(RuntimeError, match=r"draws random numbers in a CUDA graph.*hf_pareprop.GraphedStep"):
         drops.train()(**batch)
     drops.eval()(**batch).loss.backward()
+
+
+def test_attention_is_the_same_in_a_capture(family, monkeypatch):
+    """Without a padding mask there is none for attention either, so that a capture has the kernels of an ordinary step."""
+    model = family.build(2, beta=0.5).eval()
+    batch = {name: tensor for name, tensor in family.batch().items() if name != "attention_mask"}
+    masks = []
+
+    def seen():
+        masks.append([])
+        with monkeypatch.context() as patch:
+            for name in ALL_ATTENTION_FUNCTIONS:
+                attend = ALL_ATTENTION_FUNCTIONS[name]
+                noting = lambda *a, attend=attend, **k: masks[-1].append(a[4]) or attend(*a, **k)  # noqa: E731
+                patch.setitem(ALL_ATTENTION_FUNCTIONS, name, noting)
+            model(**batch)
+        return [mask is None or mask.shape for mask in masks[-1]]
+
+    ordinary = seen()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert seen() == ordinary
 
 
 @pytest.mark.parametrize(
