@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from .adapters import check_beta, note_beta
 from .engine import get_engine
 from .findings import Findings
 from .plan import LayerPlan, check_engine, plan_layers
@@ -102,6 +103,30 @@ class ReversiblePreTrainedModel(PreTrainedModel):
         """
         self._plans(beta)
         self.config.beta = beta if isinstance(beta, (int, float)) else list(beta)
+        note_beta(getattr(self, "peft_config", {}), self.config.beta)
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """The adapters that PEFT has put into this model, by name; PEFT sets it.
+
+        Raises:
+            AttributeError: there are none.
+            ValueError: when it is set, if an adapter was trained at another beta.
+        """
+        if "_adapters" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__} has no adapters.")
+        adapters: dict[str, Any] = self.__dict__["_adapters"]
+        return adapters
+
+    @peft_config.setter
+    def peft_config(self, adapters: dict[str, Any]) -> None:
+        check_beta(adapters, self.config.beta)
+        note_beta(adapters, self.config.beta)
+        self.__dict__["_adapters"] = adapters
+
+    @peft_config.deleter
+    def peft_config(self) -> None:
+        del self.__dict__["_adapters"]
 
     def set_memory_budget(self, budget: str | None) -> None:
         """Choose what is kept instead of being rebuilt, from the next forward pass on. The gradients are the same.

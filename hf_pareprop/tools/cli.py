@@ -1,53 +1,17 @@
-"""The command `hf-pareprop`: convert, export, verify, bench."""
+"""How the command `hf-pareprop` is called. PyTorch is loaded when a command runs, so that `--help` takes a moment.
 
-import json
-import re
+What the commands do is in :mod:`commands`.
+"""
+
+import importlib
 import signal
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import typer
-from transformers import PreTrainedModel
-from transformers.utils import logging
 
-from ..lanes import side_lane
-from ..modeling_reversible import ReversiblePreTrainedModel
-from ..plan import CONVERTED_BETA, DEFAULT_GRID_BITS, parse_size
-from .bench import (
-    batch_for,
-    choose,
-    code_for,
-    contenders,
-    plot,
-    recommend,
-    sizes_within,
-    subject_of,
-    table,
-    where_bytes_go,
-    with_retention,
-)
-from .budget import bit_budget
-from .cards import model_card
-from .checkpoint import load_reversible, load_stock, plan_stock
-from .companions import Copied, copy_companions
-from .compare import Comparison, memory_of
-from .contenders import to_plain
-from .conversion import Conversion
-from .convert import architecture_behind, to_reversible
-from .fidelity import Fidelity, fidelity, grid_bits_for
-from .inputs import random_batch, real_batches
-from .memory import memory_growth
-from .output import Output
-from .records import device_name, layers_in_words, size_in_words, software, width_of
-from .source import CheckpointError, one_line, open_source
-from .verify import verify as verify_step
-from .weights import check_shard_size
-
-TIMING_SECONDS = 120.0
-"""After which `bench` begins no further round."""
+from ..version import __version__
 
 app = typer.Typer(
     help="Reversible Transformers: stock checkpoints in and out, checked on your own machine.",
@@ -61,15 +25,13 @@ Src = Annotated[str, typer.Argument(metavar="SRC", help="A directory or a Hub id
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="The directory to make; it appears whole or not at all.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
 Shards = Annotated[str, typer.Option("--max-shard-size", help="Largest weights file, such as 5GB.")]
-RealInputs = Annotated[
+Data = Annotated[
     Path | None,
     typer.Option(
         "--data",
         help="Real inputs: a file with a text per line, an image, or a directory of images; default: random.",
     ),
 ]
-MaxLength = Annotated[int, typer.Option(min=1, help="Tokens; longer texts are truncated.")]
-Device = Annotated[str, typer.Option(help="auto: CUDA if there is one.")]
 Calibrate = Annotated[
     Path | None,
     typer.Option(
@@ -78,13 +40,17 @@ Calibrate = Annotated[
         help="Measure on real inputs: a file with a text per line, an image, or a directory of images.",
     ),
 ]
+MaxLength = Annotated[int, typer.Option(min=1, help="Tokens; longer texts are truncated.")]
+Device = Annotated[str, typer.Option(help="auto: CUDA if there is one.")]
 
 
 @app.command()
 def convert(
     src: Src,
     out: Out,
-    beta: Annotated[float, typer.Option(help="Coupling: 1, 0.5, 0.25, …; smaller is closer to SRC.")] = CONVERTED_BETA,
+    beta: Annotated[
+        float | None, typer.Option(help="Coupling: 1, 0.5, 0.25, …; smaller is closer to SRC; default: 1/32.")
+    ] = None,
     layers: Annotated[
         str | None,
         typer.Option(help="Only these layers become reversible: 4-11, or 0-3,8-11. Others store activations."),
@@ -103,47 +69,7 @@ def convert(
     max_shard_size: Shards = "5GB",
 ) -> None:
     """Make a reversible checkpoint of a stock one, holding one tensor in memory at a time (but with --data the model)."""
-    check_shard_size(max_shard_size)
-    with Output(out, overwrite) as output:
-        source = open_source(src)
-        output.keep(source.folder)
-        plan = plan_stock(source, allow_pickle=allow_pickle)
-        batches = None if data is None else list(real_batches(source, plan.model, data))
-        fields = {"beta": beta, "grid_bits": DEFAULT_GRID_BITS if grid_bits is None else grid_bits}
-        conversion = Conversion.of(plan, **fields)
-        model: Any = conversion.twin
-        depth = sum(model.config.stage_depths)
-        if layers is not None and len(chosen := _layers(layers, depth)) < depth:
-            model.set_beta([beta if i in chosen else 0.0 for i in range(depth)])
-        _say("from", f"{src}: {_describe(plan.model, model.config, plan.weights.dtype(plan.model.config))}")
-        _say("to", f"{type(model).__name__}, {len(model.state_dict())} tensors mapped")
-        if rows := conversion.architecture.reserved_rows(plan.model.config):
-            _say("", f"positions moved by {rows} rows: RoBERTa counts them from the padding token")
-        for note in (*output.notes, *source.notes, *plan.notes):
-            _say("", note)
-        if plan.left_out:
-            _say("left out", f"{', '.join(plan.left_out)} ({type(plan.model).__name__} has no place for them)")
-        measured = None
-        if batches is not None:
-            stock = load_stock(source, allow_pickle=allow_pickle).model
-            twin = to_reversible(stock, **{**fields, "beta": model.config.beta})
-            bits, largest = grid_bits_for(twin, batches)
-            if grid_bits is None:
-                model.config.grid_bits = twin.config.grid_bits = bits
-            _say(
-                "grid",
-                f"{model.config.grid_bits} bits; states reach {largest:.3g} on {data}, for which {bits} are the finest",
-            )
-            measured = fidelity(stock, twin, batches)
-            _say("fidelity", f"{measured} ({data}, against {src})")
-        for line in bit_budget(model.config.layer_plans()):
-            _say("coupling", line)
-        with output.writing() as folder:
-            conversion.write(folder, max_shard_size, dtype)
-            copied = copy_companions(source, folder, plan.model.config.model_type, allow_pickle)
-            _card(model, out.name, src, measured).save(folder / "README.md")
-    _say_copied(copied)
-    _say("wrote", f"{out}")
+    _run("convert", locals())
 
 
 @app.command()
@@ -159,35 +85,7 @@ def export(
 
     The fidelity is measured on --data, or else on random inputs, which say little about real ones.
     """
-    check_shard_size(max_shard_size)
-    with Output(out, overwrite) as output:
-        source = open_source(src)
-        output.keep(source.folder)
-        model: Any = load_reversible(source, dtype=dtype).model
-        if data is not None:
-            batches, where = list(real_batches(source, model, data)), str(data)
-        else:
-            batches, where = [random_batch(model)], "random inputs; give real ones with --data"
-        library = architecture_behind(type(model), model.config).library
-        stock = to_plain(model)
-        _say("from", f"{src}: {_describe(model)}")
-        target = type(stock).__name__ if library is None else f"{library.name}'s {library.model_name(model)}"
-        _say("to", f"{target}, {len(stock.state_dict())} tensors mapped")
-        for note in output.notes:
-            _say("", note)
-        _say("fidelity", f"{fidelity(model, stock, batches)} ({where})")
-        if any(plan.reversible for plan in model.config.layer_plans()):
-            _say(
-                "", "the weights were trained with a beta above 0, the stock model is beta=0: see BetaSchedule.anneal"
-            )
-        with output.writing() as folder:
-            if library is None:
-                stock.save_pretrained(folder, max_shard_size=max_shard_size)
-            else:
-                library.save(model, folder, source.folder / "preprocessor_config.json")
-            copied = copy_companions(source, folder, stock.config.model_type)
-    _say_copied(copied)
-    _say("wrote", f"{out}")
+    _run("export", locals())
 
 
 @app.command()
@@ -195,7 +93,7 @@ def verify(
     model_name: Annotated[
         str, typer.Argument(metavar="MODEL", help="A reversible checkpoint: a directory or a Hub id.")
     ],
-    data: RealInputs = None,
+    data: Data = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Inputs in the step.")] = 4,
     max_length: MaxLength = 128,
     engine: Annotated[Literal["reprop", "pareprop"], typer.Option(help="The engine to verify.")] = "pareprop",
@@ -203,39 +101,7 @@ def verify(
     device: Device = "auto",
 ) -> None:
     """Check a training step here: rebuilt states, gradients, memory. Exit status 1 if something does not hold."""
-    source = open_source(model_name)
-    model: Any = load_reversible(source).model
-    model.to(_device(device)).train()
-    model.set_backward_engine(engine)
-    inputs = (
-        random_batch(model, batch_size=batch_size, length=max_length)
-        if data is None
-        else next(real_batches(source, model, data, batch_size=batch_size, limit=batch_size, max_length=max_length))
-    )
-    _say("model", f"{model_name}: {_describe(model)}, on {model.device}")
-    _say(
-        "inputs",
-        f"{'random' if data is None else data}, " + ", ".join(f"{k} {tuple(v.shape)}" for k, v in inputs.items()),
-    )
-    for line in bit_budget(model.config.layer_plans()):
-        _say("coupling", line)
-    if not any(plan.reversible for plan in model.config.layer_plans()):
-        raise CheckpointError("no layer of the model is reversible: there is nothing to verify.")
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast == "bf16"):
-        try:
-            report = verify_step(model, inputs)
-        except RuntimeError as error:  # the check of every training step
-            _say("step", f"FALLS SHORT: {error}")
-            raise typer.Exit(1) from None
-        growth = memory_growth(model, inputs)
-    checks = (
-        ("step", report.exact and report.gradients_equal, str(report)),
-        ("memory", growth.flat, str(growth)),
-    )
-    for name, holds, found in checks:
-        _say(name, f"{'holds' if holds else 'FALLS SHORT'}: {found}")
-    if not all(holds for _, holds, _ in checks):
-        raise typer.Exit(1)
+    _run("verify", locals())
 
 
 @app.command()
@@ -243,19 +109,21 @@ def bench(
     model_name: Annotated[
         str, typer.Argument(metavar="MODEL", help="A checkpoint, stock or reversible: a directory or a Hub id.")
     ],
-    data: RealInputs = None,
+    data: Data = None,
     batch_size: Annotated[int, typer.Option(min=1, help="The batch size that you want to train with.")] = 8,
     max_length: MaxLength = 128,
     memory_cap: Annotated[
         str | None, typer.Option(help="What training may take, such as 16GB; default: the device's memory.")
     ] = None,
-    beta: Annotated[float, typer.Option(help="Coupling of the reversible model, measured beside 1.")] = CONVERTED_BETA,
+    beta: Annotated[
+        float | None, typer.Option(help="Coupling of the reversible model, measured beside 1; default: 1/32.")
+    ] = None,
     autocast: Annotated[
         Literal["auto", "none", "bf16"], typer.Option(help="Compute in bf16 autocast; auto: on CUDA.")
     ] = "auto",
     device: Device = "auto",
     compiled: Annotated[
-        bool, typer.Option("--compile/--no-compile", help="Also torch.compile: a minute more.")
+        bool, typer.Option("--compile/--no-compile", help="Also torch.compile, in three ways: minutes more.")
     ] = True,
     rounds: Annotated[int, typer.Option(min=1, help="Samples of each time; fewer if that takes minutes.")] = 5,
     out: Annotated[
@@ -264,132 +132,35 @@ def bench(
     overwrite: Overwrite = False,
 ) -> None:
     """Compare what you could train this model with on this machine, and recommend one: a few minutes."""
-    where = _device(device)
-    if where.type not in ("cpu", "cuda"):
-        raise CheckpointError(f"--device {device}: memory is measured on a CPU and on CUDA; use one of them.")
-    cap = memory_of(where) if memory_cap is None else _bytes(memory_cap)
-    with nullcontext() if out is None else Output(out, overwrite) as output:
-        _bench(model_name, data, batch_size, max_length, cap, beta, autocast, where, compiled, rounds, output)
-    if out is not None:
-        _say("wrote", f"{out}")
+    _run("bench", locals())
 
 
-def _bench(
-    model_name: str,
-    data: Path | None,
-    batch_size: int,
-    max_length: int,
-    cap: int,
-    beta: float,
-    autocast: str,
-    where: torch.device,
-    compiled: bool,
-    rounds: int,
-    output: Output | None,
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hf-pareprop {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
 ) -> None:
-    source = open_source(model_name, weights=False)
-    if output is not None:
-        output.keep(source.folder)
-    subject = subject_of(source)
-    bf16 = autocast == "bf16" or (autocast == "auto" and where.type == "cuda")
-    batch = batch_for(source, subject, data, batch_size, max_length)
-    comparison = Comparison(subject, batch, where, bf16, cap)
-    title = (
-        f"{Path(model_name).name}: {subject.model_class.__name__}, {layers_in_words(subject.config)} layers, on "
-        f"{device_name(where)}, {'bf16 autocast' if bf16 else 'fp32'}, "
-        + ", ".join(f"{name} {tuple(value.shape[1:])}" for name, value in batch.items() if value.dim() > 1)
-    )
-    _say("model", title)
-    _say("inputs", f"{'random' if data is None else data}; memory: {size_in_words(cap)}")
-    ways = with_retention(comparison, contenders(beta, compiled, where), batch_size)
-    sizes = sizes_within(comparison, ways, batch_size)
-    rows = comparison.measure(sizes, rounds, lambda line: typer.echo(line, err=True), seconds=TIMING_SECONDS)
-    limits = {way.name: comparison.largest_batch(way, cap) for way in ways}
-    said = recommend(rows, batch_size, cap, side_lane(where).overlaps)
-    chosen = choose(rows, batch_size, cap)
-    code = [] if chosen is None else code_for(chosen, model_name, batch_size)
-    for part in (table(rows, limits), where_bytes_go(rows), [said], code):
-        typer.echo("\n" + "\n".join(part))
-    if output is None:
-        return
-    found = {"title": title, "memory_cap": cap, "recommendation": said, "code": code, "largest_batch": limits}
-    found |= {"rows": [row.as_dict() for row in rows], **software()}
-    with output.writing() as folder:
-        (folder / "bench.json").write_text(json.dumps(found, indent=1) + "\n")
-        try:
-            plot(rows, title, cap).savefig(folder / "bench.png", dpi=110)
-        except ImportError:
-            _say("", "no plot: it takes matplotlib (pip install matplotlib)")
+    pass
 
 
-def _bytes(text: str) -> int:
-    """The bytes that ``16GB`` or ``800 MB`` says; a GB is 2**30."""
-    if not (size := parse_size(text)):
-        raise CheckpointError(f"--memory-cap {text}: not an amount of memory, such as 16GB or 800MB.")
-    return size
-
-
-def _layers(text: str, depth: int) -> set[int]:
-    """The layers that ``4-11`` or ``0-3,8,10-11`` names."""
-    chosen: set[int] = set()
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if not first <= last < depth:
-            raise CheckpointError(
-                f"--layers {text}: {part!r} is not a range of layers from 0 to {depth - 1}, such as 2-{depth - 1}."
-            )
-        chosen |= set(range(first, last + 1))
-    return chosen
-
-
-def _describe(model: PreTrainedModel, config: Any = None, dtype: torch.dtype | None = None) -> str:
-    """
-    Args:
-        config: of the reversible twin, if ``model`` is a stock model, which does not say how many layers it has.
-        dtype: of the weights, if ``model`` is a plan.
-    """
-    config, millions = config or model.config, sum(p.numel() for p in model.parameters()) / 1e6
-    size = f"{layers_in_words(config)} layers, {width_of(config)} wide, {millions:.1f} M"
-    return f"{type(model).__name__}, {size}, {str(dtype or model.dtype).removeprefix('torch.')}"
-
-
-def _card(model: ReversiblePreTrainedModel, name: str, src: str, measured: Fidelity | None):
-    note = "converted, not trained since" + ("" if measured is None else f"; on {measured} against the base model")
-    base = Path(src).resolve().name if Path(src).exists() else src
-    return model_card(model, model_name=name, base_model=base, training=note)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise CheckpointError(f"--device {name}: PyTorch finds no CUDA device here; use --device cpu.")
-    try:
-        found = torch.device(name)
-    except RuntimeError as error:
-        raise CheckpointError(f"--device {name}: not a device of PyTorch; use cpu or cuda.") from error
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise CheckpointError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0.")
-    return found
-
-
-def _say_copied(copied: Copied) -> None:
-    _say("copied", ", ".join(copied.names) or "no tokenizer or image processor: there was none")
-    for note in copied.notes:
-        _say("", note)
-    if copied.left:
-        _say("not copied", ", ".join(copied.left))
-
-
-def _say(what: str, text: str) -> None:
-    typer.echo(f"{what:>9}  {text}")
+def _run(command: str, options: dict[str, Any]) -> None:
+    """Run what :mod:`commands` has under that name."""
+    importlib.import_module("hf_pareprop").load()
+    logging = importlib.import_module("transformers.utils.logging")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    getattr(importlib.import_module("hf_pareprop.tools.commands"), command)(**options)
 
 
 def main() -> None:
     """Entry point: errors are one line on stderr and exit status 1."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     for name in ("SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # not every system has both
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:
@@ -408,6 +179,8 @@ def _stop(number: int, frame: Any) -> None:
 
 def _in_words(error: Exception) -> str:
     """What a user can mend says it itself; anything else with what it is."""
+    from .source import one_line
+
     name, text = type(error).__name__, one_line(error)
     return text if text == name or isinstance(error, (ValueError, TypeError, OSError)) else f"{name}: {text}"
 
