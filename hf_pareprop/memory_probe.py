@@ -11,6 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from .torch_private import gradient_is_consumed, local_part, storage_key
 
 MEMINFO = Path("/proc/meminfo")
+STATUS = Path("/proc/self/status")
 
 
 def coming(parameter: Tensor) -> int:
@@ -62,6 +63,17 @@ class SavedBytes:
 def in_use(device: torch.device) -> int:
     """Bytes of tensors, as far as that is counted."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def now_and_at_the_peak(device: torch.device) -> tuple[int, int] | None:
+    """Bytes in use now and at the highest peak so far: tensors on CUDA, the whole process on a CPU; ``None`` if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+    if device.type != "cpu" or not STATUS.exists():
+        return None
+    lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines() if line.startswith("Vm"))
+    now, peak = (int(lines[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
+    return now, peak
 
 
 def free_memory(device: torch.device) -> tuple[int, int]:

@@ -116,6 +116,9 @@ class Retention:
         logits: numbers that the head computes of every state, each three times in fp32 (log-softmax, gradient), while
             all that is kept is in memory.
 
+    Attributes:
+        latest: what the last forward pass with a budget kept; ``None`` before there was one that knew.
+
     Raises:
         ValueError: the budget is not one.
     """
@@ -129,6 +132,8 @@ class Retention:
         self._text, self._budget = budget, parse_budget(budget)
         self._parameters, self._logits = parameters, logits
         self._sizes: dict[Shape, dict[Kind, Sizes]] = {}
+        self.latest: RetentionPlan | None = None
+        self._latest_shape: Shape | None = None
         self._steps = 0
         self._largest = 0
         self._allowance: float | None = None  # bytes that may be kept
@@ -164,7 +169,8 @@ class Retention:
     def _plan(self, embeddings: Tensor, plans: Sequence[LayerPlan]) -> RetentionPlan:
         depth, budget = len(plans), self._budget
         if budget.layers is not None:
-            return RetentionPlan(min(budget.layers, depth))
+            self.latest = RetentionPlan(min(budget.layers, depth))
+            return self.latest
         if self._text is None or not torch.is_grad_enabled():
             return RetentionPlan()
         shape = (embeddings.shape, embeddings.dtype, torch.is_autocast_enabled(embeddings.device.type))
@@ -178,7 +184,17 @@ class Retention:
             # Of the last stage alone: gradients come from the last layer on, and where the layers of earlier stages keep
             # more and have fewer parameters than those, most of them would be there before what is kept is freed.
             layers = [size for plan, size in zip(plans, layers, strict=True) if plan.stage == plans[-1].stage]
-        return share_out(min(allowance, self._most), layers)._replace(unmeasured=unmeasured)
+        found = share_out(min(allowance, self._most), layers)._replace(unmeasured=unmeasured)
+        if unmeasured is None:
+            self.latest, self._latest_shape = found, shape
+        return found
+
+    def of_all_graphs(self, plans: Sequence[LayerPlan]) -> float | None:
+        """Bytes that the last batch takes if every layer keeps its graph, as in plain training; ``None`` if not measured."""
+        measured = self._sizes.get(self._latest_shape) if self._latest_shape else None
+        if measured is None:
+            return None
+        return sum(measured[_kind(plan)].graph for plan in plans if _kind(plan) in measured)
 
     def _size(self, plan: LayerPlan, measured: dict[Kind, Sizes], embeddings: Tensor) -> Sizes:
         """Of a shape that was not measured: by the one whose layers keep most for its size."""

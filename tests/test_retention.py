@@ -13,6 +13,7 @@ import hf_pareprop as hp
 from hf_pareprop import memory_probe, retention
 from hf_pareprop.memory_probe import SavedBytes, coming
 from hf_pareprop.retention import UNKNOWN, Retention, RetentionPlan, Sizes, share_out
+from hf_pareprop.tools import callbacks
 from hf_pareprop.tools.accounting import predict
 from hf_pareprop.tools.compare import resized
 from hf_pareprop.tools.contenders import Subject, reversible_contenders
@@ -338,6 +339,25 @@ def test_callback(tmp_path, rebuilt):
     Trainer(model, args, train_dataset=rows, callbacks=[hp.MemoryBudget(PLENTY)]).train()
     assert len(rebuilt) == 2 * DEPTH  # in the first step alone
     assert model.config.memory_budget is None and model.base_model.retention is None
+
+
+@pytest.mark.parametrize(
+    "budget, kept, predicts",
+    [(PLENTY, "4 of 4 layers", True), ("gradients", " of 4 layers", True), ("3 layers", "3 of 4 layers", False)],
+)
+def test_callback_tells(budget, kept, predicts, tmp_path, monkeypatch):
+    """Once as soon as it is known, and at the end: what is kept, the peak, and what plain training would need."""
+    family, said = FAMILIES["vit"], []
+    monkeypatch.setattr(callbacks.logger, "info", said.append)
+    model, batch = family.build(DEPTH, beta=0.5), family.batch()
+    rows = [{name: tensor[i] for name, tensor in batch.items()} for i in range(3)] * 4
+    args = TrainingArguments(tmp_path, max_steps=4, per_device_train_batch_size=3, use_cpu=True, report_to="none")
+    Trainer(model, args, train_dataset=rows, callbacks=[hp.MemoryBudget(budget)]).train()
+    told = [line for line in said if line.startswith("memory: ")]
+    assert len(told) == 2 and all(
+        f"{kept} keep their graphs" in line and "the peak so far is " in line for line in told
+    )
+    assert all(("plain training would need about " in line) == predicts for line in told)
 
 
 def gradient_bytes(model):

@@ -4,8 +4,10 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ..modeling_reversible import ReversiblePreTrainedModel
+from ..memory_probe import now_and_at_the_peak
+from ..modeling_reversible import ReversiblePreTrainedModel, logger
 from ..plan import parse_budget
+from .records import size_in_words
 
 
 def reversible_in(model: Any) -> ReversiblePreTrainedModel:
@@ -24,7 +26,8 @@ class MemoryBudget(TrainerCallback):
     """Keeps as many results of linear layers and graphs of layers as fit, instead of rebuilding them, while Trainer trains.
 
     The gradients are the same. Where everything fits nothing is rebuilt. The configuration, and with it every
-    checkpoint, stays as it is: the budget belongs to a machine.
+    checkpoint, stays as it is: the budget belongs to a machine. As soon as it is known what is kept, and once more at the
+    end of training, a line at level INFO says so, with the peak of memory and about what plain training would need.
 
     Args:
         budget: "gradients", "auto", an amount such as "4GB", a part of the free memory such as "80%", or "4 layers"; see
@@ -38,12 +41,48 @@ class MemoryBudget(TrainerCallback):
         parse_budget(budget)
         self.budget = budget
         self._before: Any = None
+        self._told = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         reversible = reversible_in(model)
         self._before = reversible.base_model.retention
         reversible.set_memory_budget(self.budget)
+        self._told = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if not self._told and (said := memory_in_words(reversible_in(model))) is not None:
+            logger.info(said)
+            self._told = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        base: Any = reversible_in(model).base_model
+        reversible = reversible_in(model)
+        if (said := memory_in_words(reversible)) is not None:
+            logger.info(said)
+        base: Any = reversible.base_model
         base.retention = self._before
+
+
+def memory_in_words(model: ReversiblePreTrainedModel) -> str | None:
+    """What a model keeps of its forward passes, and memory; ``None`` while its budget has not found out.
+
+    Plain training is predicted to need what is in use between steps, and the graphs of all layers, as they were measured, or the
+    gradients of all parameters, whichever is more.
+    """
+    base: Any = model.base_model
+    retention, plans = base.retention, model.layer_plans
+    if retention is None or retention.latest is None:
+        return None
+    kept, depth = retention.latest, len(plans)
+    parts = [f"{kept.graphs} of {depth} layers keep their graphs"]
+    if kept.linears:
+        parts.append(f"{kept.linears} results of linear layers")
+    said = f"memory: {' and '.join(parts)}"
+    if (found := now_and_at_the_peak(model.device)) is None:
+        return said + "."
+    now, peak = found
+    said += f"; the peak so far is {size_in_words(peak)}"
+    graphs = retention.of_all_graphs(plans)
+    if graphs is None:
+        return said + "."
+    gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    return f"{said}, and plain training would need about {size_in_words(now + max(graphs, gradients))}."
