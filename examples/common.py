@@ -19,11 +19,18 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 import hf_pareprop
 from hf_pareprop import BetaSchedule, MemoryBudget
+from hf_pareprop.tools.callbacks import memory_in_words
 from hf_pareprop.tools.cards import training_card
+from hf_pareprop.tools.compare import Comparison, Row
+from hf_pareprop.tools.contenders import CHECKPOINTING as CHECKPOINTED
+from hf_pareprop.tools.contenders import STOCK as PLAIN
+from hf_pareprop.tools.contenders import Contender, Subject
 
 METHODS = ("plain", "checkpointing", "reprop", "pareprop")
 STOCK = ("plain", "checkpointing")
 WARM_UP_STEPS = 3
+BESIDE_STEPS = 5
+"""Of plain training and of checkpointing beside the reversible run, for the table."""
 
 
 @dataclass
@@ -38,7 +45,11 @@ class RunArguments:
             "the reversible model with that engine.",
         },
     )
-    compare: bool = field(default=False, metadata={"help": "run every method, each in a process of its own"})
+    compare: bool = field(default=False, metadata={"help": "train by every method, each in a process of its own"})
+    beside: bool = field(
+        default=True,
+        metadata={"help": "after training, take a few steps of plain training and checkpointing to compare"},
+    )
     memory_budget: str = field(
         default="gradients",
         metadata={
@@ -88,6 +99,17 @@ class Meter(TrainerCallback):
 
     def step_ms(self) -> float:
         return 1e3 * statistics.median(self.times[WARM_UP_STEPS:] or self.times)
+
+
+class SayWhatIsKept(TrainerCallback):
+    """Prints what `MemoryBudget` found out, as soon as it has."""
+
+    told = False
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if not self.told and (said := memory_in_words(model)) is not None:
+            print(said, flush=True)
+            self.told = True
 
 
 def _status(name: str) -> int:
@@ -147,6 +169,7 @@ def train(
     )
     if run.method == "pareprop" and run.memory_budget != "none":
         trainer.add_callback(MemoryBudget(run.memory_budget))
+        trainer.add_callback(SayWhatIsKept())
     if run.anneal_from is not None and run.method not in STOCK:
         trainer.add_callback(BetaSchedule.anneal(run.anneal_from))
     trainer.train()
@@ -162,8 +185,45 @@ def train(
     if run.method not in STOCK:
         card = training_card(trainer.model, accuracy=accuracy, training=arguments, **description)
         card.save(Path(arguments.output_dir) / "README.md")
+        if run.beside:
+            result["beside"] = [row.as_dict() | {"largest": size} for row, size in beside(trainer, run)]
     _write_json(Path(arguments.output_dir) / "results.json", [result], arguments)
     return result
+
+
+def beside(trainer: Trainer, run: RunArguments) -> list[tuple[Row, int]]:
+    """The reversible run beside plain training and checkpointing: a few steps of each on one batch of the training data.
+
+    Returns:
+        For each what was measured, and the largest batch that it could take in the memory of plain training.
+    """
+    model, arguments = trainer.model, trainer.args
+    batch = {name: value for name, value in next(iter(trainer.get_train_dataloader())).items() if value is not None}
+    size, device = arguments.per_device_train_batch_size, model.device
+    budget = None if run.method != "pareprop" or run.memory_budget == "none" else run.memory_budget
+    ours = Contender(f"reversible ({run.method})", run.method, model.config.beta, budget)
+    comparison = Comparison(Subject(type(model), model.config), batch, device, arguments.bf16)
+    ways = (PLAIN, CHECKPOINTED, ours)
+    rows = comparison.measure(dict.fromkeys(ways, size), BESIDE_STEPS, lambda line: None)
+    cap = comparison.predict(PLAIN, size).total
+    return [(row, comparison.predicted_limit(way, cap)) for row, way in zip(rows, ways, strict=True)]
+
+
+def table_beside(result: dict) -> str:
+    """What the run saves: a line each for plain training, checkpointing and the run itself, and a sentence."""
+    rows = result["beside"]
+    size = rows[0]["batch_size"]
+    lines = [
+        f"| | activations (MB) | step (ms) | accuracy (%) | largest batch in the memory of plain training at {size} |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        activations, step = row["activation_bytes"] / 2**20, statistics.median(row["ms"]) if row["ms"] else None
+        score = f"{100 * result['accuracy']:.1f}" if row is rows[-1] else "not trained"
+        shown = row["error"] or f"{step:.0f}"
+        lines.append(f"| {row['contender']} | {activations:.1f} | {shown} | {score} | {row['largest']} |")
+    plain, ours = (row["activation_bytes"] / 2**20 for row in (rows[0], rows[-1]))
+    return "\n".join([*lines, "", f"Activations take {ours:.1f} MB instead of {plain:.1f} MB."])
 
 
 def main(script: str, run: RunArguments, arguments: TrainingArguments, once: Callable[[], dict]) -> None:
@@ -179,7 +239,7 @@ def main(script: str, run: RunArguments, arguments: TrainingArguments, once: Cal
                 print(f"--- {method}, seed {seed}", flush=True)
                 results.append(_child(script, method, seed, output / f"{method}-{seed}"))
         _write_json(output / "results.json", results, arguments)
-    print(table(results))
+    print(table_beside(results[0]) if "beside" in results[0] else table(results))
     print(f"\nMeasured on {device_name()}; written to {output / 'results.json'}.")
     trained = output if len(results) == 1 else output / f"{results[-1]['method']}-{results[-1]['seed']}"
     if results[-1]["method"] not in STOCK:
@@ -189,7 +249,7 @@ def main(script: str, run: RunArguments, arguments: TrainingArguments, once: Cal
 
 def _child(script: str, method: str, seed: int, output: Path) -> dict:
     """One run in a process of its own, so that its peak memory is its own."""
-    given = [*sys.argv[1:], "--compare", "False"]  # the last one counts
+    given = [*sys.argv[1:], "--compare", "False", "--beside", "False"]  # the last one counts
     once = ["--seeds", "1", "--method", method, "--seed", str(seed), "--output_dir", str(output)]
     result = subprocess.run([sys.executable, script, *given, *once], stdout=subprocess.DEVNULL)
     if result.returncode:

@@ -32,10 +32,17 @@ def test_image_example_compares(tmp_path):
 
 @pytest.mark.slow
 def test_image_example_learns(tmp_path):
-    """Four of its twenty epochs are enough to be far from chance."""
-    run("examples/finetune_image.py", "--num_train_epochs", 4, "--output_dir", tmp_path)
+    """Four of its twenty epochs are enough to be far from chance; and it shows what is saved."""
+    said = run("examples/finetune_image.py", "--num_train_epochs", 4, "--output_dir", tmp_path).stdout
     (row,) = json.loads((tmp_path / "results.json").read_text())["results"]
     assert row["accuracy"] > 0.5
+    plain, checkpointing, ours = row["beside"]
+    assert ours["activation_bytes"] < checkpointing["activation_bytes"] < plain["activation_bytes"]
+    assert plain["batch_size"] == plain["largest"] == 64 < checkpointing["largest"] < ours["largest"]
+    assert (
+        f"Activations take {ours['activation_bytes'] / 2**20:.1f} MB instead of" in said
+        and "keep their graphs" in said
+    )
 
 
 @pytest.mark.slow
