@@ -13,12 +13,14 @@ import torch
 import transformers
 from checkpoints import WORDS, edit, names_in, save_tokenizer
 from families import FAMILIES
+from huggingface_hub import ModelCard
 from loopback import Hub, Repository
 from safetensors.torch import load_file, save_file
 from test_architectures import stock
 
 import hf_pareprop as hp
 from hf_pareprop.tools import commands
+from hf_pareprop.tools.cards import model_card
 from hf_pareprop.tools.families import STOCK_CLASSES
 from hf_pareprop.tools.memory import Growth
 from hf_pareprop.tools.output import MANIFEST, digest
@@ -37,6 +39,46 @@ def test_help_takes_no_pytorch(arguments):
     result = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
     assert (result.returncode, result.stdout.splitlines()[-1]) == (0, "False"), result.stderr
     assert hp.__version__ in result.stdout or "Usage: hf-pareprop" in result.stdout
+
+
+def test_the_card(src, run, tmp_path):
+    """The licence and the languages of the base model, what was left out, and how to go back."""
+    (src / "README.md").write_text(
+        "---\nlicense: mit\nlanguage: [en, de]\ntags: [mine]\nmetrics: [f1]\n---\n\n# A model\n"
+    )
+    weights = load_file(src / "model.safetensors")
+    save_file(weights | {"roberta.extra.weight": torch.ones(2)}, src / "model.safetensors", metadata={"format": "pt"})
+    run("convert", src, tmp_path / "out")
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert (card.data.license, card.data.language, card.data.metrics) == ("mit", ["en", "de"], None)
+    assert (
+        "| weights of the base model left out | roberta.extra.weight |" in card.text
+        and "| licence | mit |" in card.text
+    )
+    assert (
+        "hf_pareprop.RevRobertaForSequenceClassification.from_pretrained" in card.text
+        and "hf-pareprop export" in card.text
+    )
+    for broken in ("---\nlicense: [\n---\n", "no metadata", "---\n- a list\n---\n"):
+        (src / "README.md").write_text(broken)
+        run("convert", src, tmp_path / "out", "--overwrite")
+        assert "not stated by the base model" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_card_of_a_training(tmp_path):
+    """The accuracy is metadata that the Hub shows."""
+    model = FAMILIES["vit"].build(2)
+    card = model_card(
+        model, model_name="digits", base_model="trained from scratch", dataset="scikit-learn's digits", accuracy=0.978
+    )
+    card.save(tmp_path / "README.md")
+    (result,) = ModelCard.load(tmp_path / "README.md").data.eval_results
+    assert (result.metric_type, result.metric_value, result.dataset_name) == (
+        "accuracy",
+        0.978,
+        "scikit-learn's digits",
+    )
+    assert result.task_type == "image-classification"
 
 
 def test_the_installed_command(src, tmp_path):

@@ -1,10 +1,13 @@
 """Model cards: what a reversible checkpoint is, how it was trained, how to load it."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import TrainingArguments
+from yaml import YAMLError
 
 from ..modeling_reversible import ReversiblePreTrainedModel
 from ..version import __version__
@@ -21,6 +24,10 @@ _PIPELINES = {
 }
 
 
+INHERITED = ("license", "license_name", "license_link", "language")
+"""What the metadata of a base model's card says of everything that is derived from it."""
+
+
 def model_card(
     model: ReversiblePreTrainedModel,
     *,
@@ -29,31 +36,49 @@ def model_card(
     dataset: str = "none yet",
     training: str = "none yet",
     accuracy: float | None = None,
+    left_out: Sequence[str] = (),
+    base_card: Path | None = None,
 ) -> ModelCard:
     """The card of a reversible model.
 
     Args:
         model_name: directory or Hub id to load it from.
         base_model: the checkpoint that was converted, or `trained from scratch`; a Hub id becomes metadata, too.
-        accuracy: between 0 and 1.
+        accuracy: between 0 and 1, on the test split of ``dataset``; it becomes metadata, too.
+        left_out: tensors of the base model that the reversible model has no place for.
+        base_card: the base model's card, whose licence and languages are taken over if it exists.
+
+    Example:
+        >>> model_card(model, model_name="rev-vit", base_model="google/vit-base-patch16-224").save("rev-vit/README.md")
     """
     name, config = type(model).__name__, model.config
     auto_class = next((auto for auto, cls in model.auto_map.items() if cls.endswith("." + name)), "AutoModel")
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base_model) and not Path(base_model).exists()
+    task = _PIPELINES.get(auto_class)
+    results = None
+    if accuracy is not None and task is not None:
+        kind = re.sub(r"[^\w.-]+", "-", dataset.lower()).strip("-")
+        results = [EvalResult(task, kind, dataset, "accuracy", round(accuracy, 4), dataset_split="test")]
     data = ModelCardData(
         library_name="transformers",
         tags=list(model.model_tags or []),
-        pipeline_tag=_PIPELINES.get(auto_class),
+        pipeline_tag=task,
         base_model=base_model if on_hub else None,
+        model_name=model_name if results else None,
+        eval_results=results,
+        metrics=["accuracy"] if results else None,
+        **_inherited(base_card),
     )
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
         model_name=model_name,
         architecture=name.removeprefix("Rev"),
+        class_name=name,
         auto_class=auto_class,
         package_version=__version__,
         base_model=base_model,
+        license=data.license or "not stated by the base model",
         beta=config.beta,
         layers=layers_in_words(config),
         width=width_of(config),
@@ -61,7 +86,19 @@ def model_card(
         dataset=dataset,
         training=training,
         accuracy="not measured" if accuracy is None else f"{100 * accuracy:.1f} % on the test split",
+        left_out=", ".join(left_out) or "nothing",
     )
+
+
+def _inherited(card: Path | None) -> dict[str, Any]:
+    """The metadata that a base model's card hands down; nothing where there is no card or no metadata that can be read."""
+    if card is None or not card.is_file():
+        return {}
+    try:
+        data = ModelCard.load(card).data.to_dict()
+    except (ValueError, OSError, YAMLError):
+        return {}
+    return {name: data[name] for name in INHERITED if data.get(name)}
 
 
 def training_card(

@@ -2,12 +2,14 @@
 
 import json
 import re
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import typer
+from huggingface_hub import ModelCard
 from transformers import PreTrainedModel
 
 from ..lanes import side_lane
@@ -98,7 +100,8 @@ def convert(
         with output.writing() as folder:
             conversion.write(folder, max_shard_size, dtype)
             copied = copy_companions(source, folder, plan.model.config.model_type, allow_pickle)
-            _card(model, out.name, src, measured).save(folder / "README.md")
+            card = _card(model, out.name, src, measured, plan.left_out, source.plain_file("README.md"))
+            card.save(folder / "README.md")
     _say_copied(copied)
     _say("wrote", f"{out}")
 
@@ -278,10 +281,17 @@ def _describe(model: PreTrainedModel, config: Any = None, dtype: torch.dtype | N
     return f"{type(model).__name__}, {size}, {str(dtype or model.dtype).removeprefix('torch.')}"
 
 
-def _card(model: ReversiblePreTrainedModel, name: str, src: str, measured: Fidelity | None):
+def _card(
+    model: ReversiblePreTrainedModel,
+    name: str,
+    src: str,
+    measured: Fidelity | None,
+    left_out: Sequence[str],
+    base_card: Path | None,
+) -> ModelCard:
     note = "converted, not trained since" + ("" if measured is None else f"; on {measured} against the base model")
     base = Path(src).resolve().name if Path(src).exists() else src
-    return model_card(model, model_name=name, base_model=base, training=note)
+    return model_card(model, model_name=name, base_model=base, training=note, left_out=left_out, base_card=base_card)
 
 
 def _device(name: str) -> torch.device:

@@ -124,7 +124,7 @@ def open_source(name: str, *, weights: bool = True) -> Source:
 
 def _downloaded(name: str, weights: bool) -> Path:
     files = ["*.safetensors", "*.safetensors.index.json", "pytorch_model*"] if weights else []
-    patterns = ["config.json", *files, *COMPANIONS, *SENTENCE_ENCODER, "[0-9]*_*/*.json"]
+    patterns = ["config.json", "README.md", *files, *COMPANIONS, *SENTENCE_ENCODER, "[0-9]*_*/*.json"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except LocalEntryNotFoundError as error:
