@@ -1,6 +1,6 @@
 """Activation memory against depth: plain training, activation checkpointing and the reversible model, by the accounting.
 
-    python benchmarks/depth.py [--size vit-l] [--batch-size 64] [--depths 12 24 48 96]
+    python -m benchmarks.depth [--size vit-l] [--batch-size 64] [--depths 12 24 48 96]
 
 Nothing is trained: a step runs on tensors without data, in bf16 autocast.
 """
@@ -10,13 +10,14 @@ import json
 from pathlib import Path
 
 import torch
-from options import positive
-from sizes import SIZES, sample, subject
 
 from hf_pareprop.tools.accounting import predict
 from hf_pareprop.tools.compare import resized
 from hf_pareprop.tools.contenders import CHECKPOINTING, STOCK, Contender
 from hf_pareprop.tools.records import save, software
+
+from .options import positive
+from .sizes import SIZES, sample, subject
 
 GB = 2**30
 LINES = {

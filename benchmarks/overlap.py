@@ -1,6 +1,6 @@
 """How much of the rebuilding PaReprop hides under the gradient computation, and a picture of the two lanes.
 
-    python benchmarks/overlap.py [--device cuda] [--size vit-b] [--depth 12] [--batch-size 4] [--autocast bf16]
+    python -m benchmarks.overlap [--device cuda] [--size vit-b] [--depth 12] [--batch-size 4] [--autocast bf16]
 
 Traces one backward pass with each of the engines that rebuild, and times steps beside plain training and gradient
 checkpointing, untraced.
@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from options import choose_device, file_name, positive
-from sizes import SIZES, sample, subject
-from tracing import GRADIENTS, REBUILD, Span, busy, hidden_share, host_synchronisations, length, spans_of, traced
 
 from hf_pareprop.lanes import side_lane
 from hf_pareprop.plan import CONVERTED_BETA
 from hf_pareprop.tools.compare import Comparison, Row
 from hf_pareprop.tools.contenders import CHECKPOINTING, STOCK, Contender, reversible_contenders
 from hf_pareprop.tools.records import aligned, cores, device_name, ratio, save, slug, software
+
+from .options import choose_device, file_name, positive
+from .sizes import SIZES, sample, subject
+from .tracing import GRADIENTS, REBUILD, Span, busy, hidden_share, host_synchronisations, length, spans_of, traced
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

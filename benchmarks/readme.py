@@ -1,6 +1,6 @@
 """Write the README's figures of throughput from the results: what was measured, on what, and what was not.
 
-    python benchmarks/readme.py [--check]
+    python -m benchmarks.readme [--check]
 
 ``--check`` writes nothing and fails if the README says something else than the results.
 """
@@ -13,11 +13,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sizes import SIZES
-from throughput_report import Part, accuracy_of_prediction, row_of, speed_of
-
 from hf_pareprop.tools.contenders import STOCK
 from hf_pareprop.tools.records import MB, ratio, save
+
+from .sizes import SIZES
+from .throughput_report import Part, accuracy_of_prediction, row_of, speed_of
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -85,7 +85,7 @@ def overlap(file: Path) -> Iterator[str]:
     plain = ratio(speed_of(rows["pareprop"]), speed_of(rows[STOCK.name])) or 0
     yield (
         f"How much of the rebuilding runs beside the gradient computation, read off a trace "
-        f"(`python benchmarks/overlap.py`; {found['title']}): {shares}. There pareprop has {relative:.2f} times the "
+        f"(`python -m benchmarks.overlap`; {found['title']}): {shares}. There pareprop has {relative:.2f} times the "
         f"throughput of reprop and {plain:.2f} times that of plain training."
     )
     yield ""
@@ -149,7 +149,7 @@ def main() -> int:
     between = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
     new = between.sub(lambda _: f"{BEGIN}\n{section()}\n{END}", text)
     if args.check and new != text:
-        print("README.md does not show the results: run python benchmarks/readme.py", file=sys.stderr)
+        print("README.md does not show the results: run python -m benchmarks.readme", file=sys.stderr)
         return 1
     if new != text:
         save(path, lambda file: file.write_text(new))

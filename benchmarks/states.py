@@ -1,6 +1,6 @@
 """What fixed-point states cost: one update of a state and its undoing, decoding a state, and the check of a rebuilt one.
 
-    python benchmarks/states.py [--device cuda] [--threads 1 2]
+    python -m benchmarks.states [--device cuda] [--threads 1 2]
 
 Times them as every step of a reversible layer does them, in milliseconds and as multiples of a copy of a state into
 memory that is there already, where their results go to new memory. An update at beta = 2^-m keeps m bits of every element,
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from options import choose_device, positive
 
 from hf_pareprop.coupling import (
     advance,
@@ -33,6 +32,8 @@ from hf_pareprop.coupling import (
 from hf_pareprop.plan import DEFAULT_GRID_BITS, plan_layers
 from hf_pareprop.tools.records import aligned, cpu_model, save, software
 from hf_pareprop.tools.timing import milliseconds
+
+from .options import choose_device, positive
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,6 +1,6 @@
 """Everything a user could train with, side by side: throughput, memory, and the largest batch.
 
-    python benchmarks/throughput.py [--device cuda] [--sizes vit-b roberta-large-deep ...] [--precisions fp32 bf16]
+    python -m benchmarks.throughput [--device cuda] [--sizes vit-b roberta-large-deep ...] [--precisions fp32 bf16]
 
 The work comes in parts of some minutes, each in a process of its own. Results are written after each part, and parts
 that the JSON file already holds are not run again; what was interrupted goes on.
@@ -16,10 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import be_killed_first, emit, run_child
-from options import choose_device, positive
-from sizes import SIZES, sample, subject
-from throughput_report import plot_memory, plot_throughput, table
 
 from hf_pareprop.plan import CONVERTED_BETA, plan_layers
 from hf_pareprop.tools.accounting import predict
@@ -27,6 +23,11 @@ from hf_pareprop.tools.compare import Comparison, resized
 from hf_pareprop.tools.contenders import STOCK_CONTENDERS, Contender, reversible_contenders, with_free_budget
 from hf_pareprop.tools.records import cores, cpu_model, device_name, save, slug, software
 from hf_pareprop.tools.timing import OUT_OF_MEMORY
+
+from .measure import be_killed_first, emit, run_child
+from .options import choose_device, positive
+from .sizes import SIZES, sample, subject
+from .throughput_report import plot_memory, plot_throughput, table
 
 Job = dict[str, Any]
 
@@ -155,7 +156,7 @@ def run(args: argparse.Namespace, path: Path) -> list[Job]:
             print(f"{name}: was done before", flush=True)
             continue
         print(f"{name} ... ", end="", flush=True)
-        events, error = run_child(Path(__file__), job)
+        events, error = run_child("benchmarks.throughput", job)
         job.update(events[-1] if events else lost(job, error or "its process said nothing"))
         parts.append(job)
         whole = json.dumps({"benchmark": "throughput", "parts": parts}, indent=1) + "\n"

@@ -7,8 +7,8 @@ from random import Random
 import pytest
 import torch
 
-for folder in ("examples", "benchmarks"):
-    sys.path.insert(0, str(Path(__file__).parent.parent / folder))
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

@@ -87,19 +87,19 @@ def test_adaptation_example(tmp_path):
 @pytest.mark.slow
 def test_conversion_study(tmp_path):
     """The plot and the tables of the quickest part, and of a second run, which has nothing left to do."""
-    results = ROOT / "benchmarks" / "results" / "conversion.json"
+    results = ROOT / "studies" / "results" / "conversion.json"
     rows = json.loads(results.read_text())["results"]
     (tmp_path / "conversion.json").write_text(json.dumps({"results": rows}))
-    result = run("benchmarks/conversion.py", "--parts", "main", "--seeds", 1, "--out", tmp_path)
+    result = run("-m", "studies.conversion", "--parts", "main", "--seeds", 1, "--out", tmp_path)
     assert "| stock |" in result.stdout and (tmp_path / "conversion.png").stat().st_size > 10_000
     before = {"model": "antibody-roberta", "beta": 0.5}
-    found = run("benchmarks/conversion.py", "--child", json.dumps(before)).stdout
+    found = run("-m", "studies.conversion", "--child", json.dumps(before)).stdout
     assert '"score": ' in found and '"cosine": ' in found
 
 
 @pytest.mark.slow
 def test_states_benchmark(tmp_path):
-    result = run("benchmarks/states.py", "--device", "cpu", "--repeats", 1, "--threads", 1, 2, "--out", tmp_path)
+    result = run("-m", "benchmarks.states", "--device", "cpu", "--repeats", 1, "--threads", 1, 2, "--out", tmp_path)
     assert all(what in result.stdout for what in ("copies", "checksum", "update, m = 5", "2 threads"))
     times = json.loads((tmp_path / "states-cpu.json").read_text())["times"]
     assert len(times) == 2 * 2 * 11 and all(len(row["ms"]) == 1 and row["copies"] > 0 for row in times)
@@ -109,14 +109,14 @@ def test_states_benchmark(tmp_path):
 @pytest.mark.slow
 def test_throughput_benchmark(tmp_path):
     """All parts of the smallest size, and a second run, which has nothing left to do."""
-    command = ["benchmarks/throughput.py", "--device", "cpu", "--sizes", "vit-s", "--precisions", "bf16"]
+    command = ["-m", "benchmarks.throughput", "--device", "cpu", "--sizes", "vit-s", "--precisions", "bf16"]
     command += ["--max-batch", 1, "--rounds", 1, "--betas", 1, "--caps", 16, "--depths", 1, 2, "--out", tmp_path]
     first = run(*command).stdout
     (path,) = tmp_path.glob("throughput-*.json")
     parts = json.loads(path.read_text())["parts"]
     assert [part["kind"] for part in parts] == ["speed", "limits", "depths"]
     # Without offloading, which does nothing on a CPU.
-    assert all(row["ms"] and not row["error"] for row in parts[0]["rows"]) and len(parts[0]["rows"]) == 7
+    assert all(row["ms"] and not row["error"] for row in parts[0]["rows"]) and len(parts[0]["rows"]) == 10
     assert parts[1]["limits"]["reprop, beta 1"]["16"] > parts[1]["limits"]["plain training"]["16"] > 1
     assert len(list(tmp_path.glob("*.png"))) == 2
     second = run(*command).stdout
@@ -127,20 +127,20 @@ def test_throughput_benchmark(tmp_path):
 @pytest.mark.slow
 def test_overlap_benchmark(tmp_path):
     size = ["--size", "vit-s", "--depth", 2, "--rounds", 1, "--name", "x", "--out", tmp_path]
-    assert "hidden" in run("benchmarks/overlap.py", "--device", "cpu", *size).stdout
+    assert "hidden" in run("-m", "benchmarks.overlap", "--device", "cpu", *size).stdout
     traces = json.loads((tmp_path / "x.json").read_text())["traces"]
     assert set(traces) == {"reprop, beta 0.03125", "pareprop, beta 0.03125"}
     assert (tmp_path / "x.png").stat().st_size > 10_000
 
 
 def test_benchmarks_refuse_bad_arguments():
-    assert "--sizes vit-xl: unknown" in run("benchmarks/throughput.py", "--sizes", "vit-xl", code=2).stderr
-    assert "--betas 0.3: " in run("benchmarks/throughput.py", "--betas", 0.3, code=2).stderr
-    assert "invalid choice: 'vit-xl'" in run("benchmarks/overlap.py", "--size", "vit-xl", code=2).stderr
+    assert "--sizes vit-xl: unknown" in run("-m", "benchmarks.throughput", "--sizes", "vit-xl", code=2).stderr
+    assert "--betas 0.3: " in run("-m", "benchmarks.throughput", "--betas", 0.3, code=2).stderr
+    assert "invalid choice: 'vit-xl'" in run("-m", "benchmarks.overlap", "--size", "vit-xl", code=2).stderr
 
 
 def test_readme_shows_the_results():
-    run("benchmarks/readme.py", "--check")
+    run("-m", "benchmarks.readme", "--check")
 
 
 @pytest.mark.slow
@@ -165,18 +165,11 @@ def test_bad_arguments():
 
 
 @pytest.mark.slow
-def test_engine_benchmark(tmp_path):
-    sizes = ["--width", 32, "--heads", 2, "--batch-size", 2, "--length", 16, "--repeats", 1]
-    result = run(
-        "benchmarks/engines.py", "--families", "vit", "--depths", 1, 2, *sizes, "--out", tmp_path, "--name", "x"
-    )
-    found = json.loads((tmp_path / "x.json").read_text())
-    assert len(found["results"]) == 2 * 5
-    assert all(row["ms"] for row in found["results"])
-    assert (tmp_path / "x.png").stat().st_size > 10_000
-    assert "pareprop" in result.stdout
-
-
-def test_engine_benchmark_refuses_bad_arguments():
-    assert "xfamily" in run("benchmarks/engines.py", "--families", "xfamily", code=2).stderr
-    assert "heads" in run("benchmarks/engines.py", "--width", 33, "--heads", 2, code=2).stderr
+def test_the_notebook(tmp_path):
+    """Its cells, one after the other; and what they find."""
+    notebook = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text())
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    cells += ["assert ours < plain / 5 and report.exact and report.gradients_equal and accuracy > 0.8 and same"]
+    result = subprocess.run([sys.executable, "-c", "\n".join(cells)], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "RevViTForImageClassification True ViTForImageClassification" in result.stdout

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 
 ABOUT_ONE_MODEL = {
-    "benchmarks/conversion_cases.py",
+    "studies/conversion_cases.py",
     "examples/cuda_graph.py",
     "examples/finetune_text.py",
 }
@@ -43,7 +43,7 @@ def code_of(path: Path) -> str:
 
 CODE = {
     str(path.relative_to(ROOT)): code_of(path)
-    for folder in ("hf_pareprop", "benchmarks", "examples")
+    for folder in ("hf_pareprop", "benchmarks", "studies", "examples")
     for path in (ROOT / folder).rglob("*.py")
 }
 CODE |= {f"tests/{name}.py": code_of(ROOT / f"tests/{name}.py") for name in ("conftest", "families")}
@@ -70,7 +70,7 @@ def test_the_exceptions_are_needed():
 def test_layers_are_counted_by_stages():
     """`num_hidden_layers` of a family with stages is the number of its stages, if it has such a field at all."""
     for path, code in CODE.items():
-        if path.startswith(("hf_pareprop/tools", "tests")) or path in ("benchmarks/sizes.py", "benchmarks/models.py"):
+        if path.startswith(("hf_pareprop/tools", "tests")) or path == "benchmarks/sizes.py":
             assert "num_hidden_layers" not in code, path
 
 

@@ -5,7 +5,18 @@ import time
 import pytest
 import torch
 from families import FAMILIES, linears
-from tracing import GRADIENTS, REBUILD, Span, busy, hidden_share, host_synchronisations, length, spans_of, traced
+
+from benchmarks.tracing import (
+    GRADIENTS,
+    REBUILD,
+    Span,
+    busy,
+    hidden_share,
+    host_synchronisations,
+    length,
+    spans_of,
+    traced,
+)
 
 
 def span(kind, start, end):

@@ -1,6 +1,6 @@
 """What conversion costs in accuracy: before training, after fine-tuning, and on the way back to a stock model.
 
-    python benchmarks/conversion.py [--parts before main return ...] [--seeds 3] [--jobs 2]
+    python -m studies.conversion [--parts before main return ...] [--seeds 3] [--jobs 2]
 
 Every case is a process of its own on one thread. Results are written after each case, and cases that the JSON file
 already holds are not run again; what was interrupted goes on. Without arguments: two hours on two cores.
@@ -8,17 +8,14 @@ already holds are not run again; what was interrupted goes on. Without arguments
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from conversion_report import plot, table
-from measure import EVENT, Job, emit, study
-
+from benchmarks.measure import Job, emit, run_child, study
 from hf_pareprop.tools.records import cpu_model, save, software
+
+from .conversion_report import plot, table
 
 BETAS = (1.0, 0.5, 0.25, 0.125)
 TEXT = ("rotten-tomatoes", "reuters-r8", "20-newsgroups")
@@ -127,8 +124,9 @@ def jobs_of(parts: Sequence[str], seeds: Sequence[int]) -> Iterator[Job]:
 
 def child(job: Job) -> None:
     import torch
-    from conversion_cases import fidelity, finetune
     from transformers.utils import logging
+
+    from .conversion_cases import fidelity, finetune
 
     logging.set_verbosity_error()
     torch.set_num_threads(1)
@@ -139,14 +137,11 @@ def child(job: Job) -> None:
 
 def run(job: Job) -> Job:
     """One case in a process of its own: the job with what it found."""
-    command = [sys.executable, "-W", "ignore", __file__, "--child", json.dumps(job)]
     # One thread a case, so that cases do not disturb each other.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    process = subprocess.run(command, capture_output=True, text=True, env=environment)
-    events = [line for line in process.stdout.splitlines() if line.startswith(EVENT)]
-    if process.returncode or not events:
-        raise SystemExit(f"{job} failed:\n{process.stderr[-3000:]}")
-    return {**job, **json.loads(events[-1].removeprefix(EVENT))}
+    events, error = run_child("studies.conversion", job, {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"})
+    if error or not events:
+        raise SystemExit(f"{job} failed: {error or 'its process said nothing'}")
+    return {**job, **events[-1]}
 
 
 def key(job: Job) -> str:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import transformers
-from conversion_variants import couple_layers
 from datasets import DatasetDict
 from torch import Tensor, nn
 from transformers import AutoTokenizer, DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -21,6 +20,8 @@ from transformers import AutoTokenizer, DataCollatorWithPadding, Trainer, Traine
 import hf_pareprop as hp
 from hf_pareprop.plan import DEFAULT_GRID_BITS
 from hf_pareprop.tools.memory import peak_bytes
+
+from .conversion_variants import couple_layers
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import assets

@@ -169,7 +169,7 @@ def plot(results: Sequence[Row]) -> "Figure":
 
 
 def main() -> None:
-    """Print the tables of a results file: ``python benchmarks/conversion_report.py RESULTS.json``."""
+    """Print the tables of a results file: ``python -m studies.conversion_report RESULTS.json``."""
     import sys
 
     with open(sys.argv[1], encoding="utf-8") as file:

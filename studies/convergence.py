@@ -1,6 +1,6 @@
 """Do reversible models trained from scratch end as good as plain ones? ViT, Swin and MViT on Fashion-MNIST.
 
-    python benchmarks/convergence.py [--families vit swin mvit] [--seeds 3] [--epochs 15] [--images 12000] [--jobs 2]
+    python -m studies.convergence [--families vit swin mvit] [--seeds 3] [--epochs 15] [--images 12000] [--jobs 2]
 
 Every model is trained at beta 1 with the engine pareprop, and once more at beta 0, where it is the plain model bit for bit:
 from the same weights, on the same batches, for the same number of steps. Each training is a process of its own on one
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-from measure import Job, emit, run_child, study
 
+from benchmarks.measure import Job, emit, run_child, study
 from hf_pareprop.tools.records import cpu_model, save, software
 
 FAMILIES = ("vit", "swin", "mvit")
@@ -151,7 +151,7 @@ def plot(results: Sequence[Mapping[str, Any]]) -> Any:
 
 def run(job: Job) -> Job:
     """One training in a process of its own: the job with what it found."""
-    events, error = run_child(Path(__file__), job, {"OMP_NUM_THREADS": "1"})
+    events, error = run_child("studies.convergence", job, {"OMP_NUM_THREADS": "1"})
     if error or not events:
         raise SystemExit(f"{job} failed: {error}")
     return {**job, **events[-1]}
