@@ -4,7 +4,8 @@ Pages link to files of the repository as ``../benchmarks/results/NAME.png``, so 
 pictures and figures that a page links to become part of the site; links to other files lead to the repository, if
 mkdocs.yml names one in ``repo_url``, and are plain text otherwise.
 
-Docstrings have roles such as ``:class:`Name```, which mkdocstrings leaves as they are: they become code.
+Docstrings have marks that mkdocstrings leaves as they are: roles such as ``:class:`Name```, links such as ``[`Name`]``, and
+backticks in types. They become code.
 """
 
 import logging
@@ -19,7 +20,8 @@ ROOT = DOCS.parent
 PUBLISHED = (".png", ".json")
 LINK = re.compile(r"(?P<picture>!?)\[(?P<text>[^\]]*)\]\(\.\./(?P<path>[^)#\s]+)\)")
 ROLE = re.compile(r":(?:attr|class|data|exc|func|meth|mod):<code>(?P<tilde>~?)(?P<name>[^<]*)</code>")
-STOCK = re.compile(r"\[(<code>[^<]*</code>)\]")
+NAME_IN_BRACKETS = re.compile(r"\[(<code>[^<]*</code>)\]")
+TYPE = re.compile(r"\(<code>(?P<type>[^<]*`[^<]*)</code>\)")
 
 log = logging.getLogger("mkdocs.hooks")  # whose warnings fail a strict build
 
@@ -49,10 +51,13 @@ def on_page_markdown(markdown: str, *, config: Any, **kwargs: Any) -> str:
 
 
 def on_page_content(html: str, **kwargs: Any) -> str:
-    """Roles in docstrings become code; of a name that begins with ``~`` its last part remains, as in Sphinx."""
+    """Marks in docstrings become code; of a name that begins with ``~`` its last part remains, as in Sphinx."""
 
     def replaced(match: re.Match[str]) -> str:
         name = match["name"].rpartition(".")[2] if match["tilde"] else match["name"]
         return f"<code>{name}</code>"
 
-    return STOCK.sub(r"\1", ROLE.sub(replaced, html))
+    html = NAME_IN_BRACKETS.sub(r"\1", ROLE.sub(replaced, html))
+    return TYPE.sub(
+        lambda match: "(" + re.sub(r"`([^`]*)`", r"<code>\1</code>", match["type"].replace("*", "")) + ")", html
+    )

@@ -20,6 +20,8 @@ from families import FAMILIES  # noqa: E402, as it imports what reads these vari
 
 
 def pytest_configure(config):
+    if not config.option.markexpr and not any("::" in argument for argument in config.args):
+        config.option.markexpr = "not slow"
     # One thread each: many workers share the cores, and a core has to be idle for the worker lane to overlap.
     torch.set_num_threads(1)
 
@@ -28,7 +30,28 @@ LARGE, SHARE = 12, 6
 """Of a test with more cases than this in one family, the families with stages take one case in so many, drawn at random
 but always the same: their models take several times as long, and every value of every parameter stays in."""
 
+QUICK = 4
+"""Of a test with so many cases, or of one family, one case in so many is not slow."""
 
+
+def mark_slow(items):
+    groups = {}
+    for item in items:
+        given = getattr(item, "callspec", None)
+        if given is not None and "slow" not in item.keywords:
+            family = next(
+                (given.params[key] for key in ("family", "name", "family_name") if key in given.params), None
+            )
+            groups.setdefault((item.function, str(family)), []).append(item)
+    for group in groups.values():
+        if len(group) >= 2 * QUICK:
+            quick = set(Random(0).sample(group, len(group) // QUICK))
+            for item in group:
+                if item not in quick:
+                    item.add_marker("slow")
+
+
+@pytest.hookimpl(tryfirst=True)  # before the marks are looked at
 def pytest_collection_modifyitems(config, items):
     cases = {}
     for item in items:
@@ -45,6 +68,7 @@ def pytest_collection_modifyitems(config, items):
     if spared:
         config.hook.pytest_deselected(items=[item for item in items if item in spared])
         items[:] = [item for item in items if item not in spared]
+    mark_slow(items)
     for item in items:
         if "cuda" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -29,6 +29,7 @@ def subject_of(family: str, dropout: float = 0.0, depth: int = 4) -> Subject:
     return FAMILIES[family].subject(depth, dropout, wider=3, mlp_ratio=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropout, bf16", [(0.0, False), (0.1, True)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prediction_is_within_ten_per_cent(family, dropout, bf16):
@@ -48,6 +49,7 @@ def test_prediction_is_within_ten_per_cent(family, dropout, bf16):
         assert row.predicted_bytes - static == pytest.approx(row.peak_bytes - static, rel=0.1), row.contender
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prediction_of_the_overlap(family, bf16):
@@ -62,6 +64,7 @@ def test_prediction_of_the_overlap(family, bf16):
     assert predicted.total - predicted.parameters - predicted.optimizer == pytest.approx(measured, rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("idle", [0, 1])
@@ -89,6 +92,7 @@ def test_graphs_of_a_step_or_two(idle, family, bf16, cores):
     assert (two[1] > one[1]) == (idle == 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_accounting_says_what_bytes_are_for(family):
     subject, batch = subject_of(family, depth=12), FAMILIES[family].large_batch()
@@ -136,6 +140,7 @@ def test_twins_train_the_same_tensors():
     assert {p.data_ptr() for p in twins.plain.parameters()} == pointers
 
 
+@pytest.mark.slow
 def test_contenders_do_not_change_each_other():
     """Checkpointing adds hooks to a model, for which compiled code would be compiled anew at every turn."""
     subject, batch = subject_of("roberta", depth=2), FAMILIES["roberta"].batch()
@@ -181,6 +186,7 @@ def test_largest_batch(cap):
     assert found == 0 or needed(found) <= cap
 
 
+@pytest.mark.slow
 def test_a_case_that_does_not_fit_is_a_row():
     subject, batch = subject_of("vit"), FAMILIES["vit"].batch()
     need = Comparison(subject, batch, CPU, False).predict(STOCK, 64).total
@@ -194,6 +200,7 @@ def test_a_case_that_does_not_fit_is_a_row():
     assert comparison.largest_batch(COMPILED, need) is None
 
 
+@pytest.mark.slow
 def test_layers_are_retained_as_far_as_they_fit():
     subject, batch = subject_of("vit"), FAMILIES["vit"].batch()
     pareprop = reversible_contenders([1], ("pareprop",))[0]

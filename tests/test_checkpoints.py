@@ -352,6 +352,7 @@ def test_an_image_bomb(run, tmp_path):
     assert "bomb.png is not an image that can be read" in said
 
 
+@pytest.mark.slow
 def test_without_a_network(tmp_path):
     program = "from hf_pareprop.tools.cli import main; main()"
     command = [sys.executable, "-W", "ignore", "-c", program, "convert", "someone/model", str(tmp_path / "out")]

@@ -219,6 +219,7 @@ def test_pickled_weights(run, src, tmp_path):
     assert names_in(tmp_path) == ["out", "stock"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_on_the_hub(src, tmp_path):
     """By its id; one that does not exist is an error."""
     hub = Hub()
@@ -468,6 +469,7 @@ def begin(src, out, *options):
     return process
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
 def test_a_signal_leaves_nothing_behind(name, src, tmp_path):
     process = begin(src, tmp_path / "new" / "out")
@@ -493,6 +495,7 @@ def test_what_a_killed_run_was_replacing_comes_back(run, src, tmp_path):
     assert names_in(tmp_path) == ["out", "stock"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["convert", "export"])
 def test_a_full_disk(command, run, src, tmp_path):
     """A limit on the size of files, which writing the weights runs into."""
@@ -517,6 +520,7 @@ def bench(*arguments):
     return ("bench", "--no-compile", "--rounds", 1, *arguments)
 
 
+@pytest.mark.slow
 def test_bench(run, src, texts, tmp_path):
     said = run(*bench(src, "--data", texts, "--batch-size", 3, "--out", tmp_path / "report"))
     found = json.loads((tmp_path / "report" / "bench.json").read_text())
@@ -532,6 +536,7 @@ def test_bench(run, src, texts, tmp_path):
     assert names_in(tmp_path / "report") == [MANIFEST, "bench.json", "bench.png"]
 
 
+@pytest.mark.slow
 def test_bench_within_a_cap(run, src, tmp_path):
     """What does not fit at the batch size asked for is measured at the largest that does."""
     sizes = ("--batch-size", 4096, "--memory-cap", "16MB", "--out", tmp_path / "report")
@@ -542,6 +547,7 @@ def test_bench_within_a_cap(run, src, tmp_path):
     assert "Accumulate gradients over" in said and "nothing fits" in said
 
 
+@pytest.mark.slow
 def test_bench_of_a_reversible_checkpoint(run, src, tmp_path):
     run("convert", src, tmp_path / "reversible")
     assert "RevRobertaForSequenceClassification" in run(*bench(tmp_path / "reversible"))

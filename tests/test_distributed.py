@@ -24,11 +24,13 @@ def launch(script, *args, processes=2):
     return result.stdout
 
 
+@pytest.mark.slow
 def test_wrapped_models():
     """DDP with find_unused_parameters both ways and with static_graph, and FSDP2 per layer."""
     assert f"{20 * len(FAMILIES)} wrappings of 2 processes agree with one" in launch("distributed_worker.py")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "mvit"])  # half a minute each
 def test_trainer(name, tmp_path):
     """Trainer's own DDP, as `torchrun` and `accelerate launch` start it, against one process with the whole batch."""

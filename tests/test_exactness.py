@@ -115,6 +115,7 @@ def test_verify_needs_an_engine_that_rebuilds(family):
         hp.verify(family.build(2, backward_engine="autograd"), family.batch())
 
 
+@pytest.mark.slow
 def test_a_compiled_model_runs_its_layers_as_they_are_rebuilt(family):
     """Compiled kernels in the forward and eager ones in the recomputation would differ in bits: layers stay eager."""
     model, batch = family.build(3, 0.1, beta=0.5), family.batch()

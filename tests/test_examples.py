@@ -58,6 +58,7 @@ def test_annealing_example(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["beta"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_cuda_graph_example_needs_cuda():
     assert "no CUDA device" in run("examples/cuda_graph.py", code=2).stderr
@@ -133,14 +134,32 @@ def test_overlap_benchmark(tmp_path):
     assert (tmp_path / "x.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_benchmarks_refuse_bad_arguments():
     assert "--sizes vit-xl: unknown" in run("-m", "benchmarks.throughput", "--sizes", "vit-xl", code=2).stderr
     assert "--betas 0.3: " in run("-m", "benchmarks.throughput", "--betas", 0.3, code=2).stderr
     assert "invalid choice: 'vit-xl'" in run("-m", "benchmarks.overlap", "--size", "vit-xl", code=2).stderr
 
 
-def test_readme_shows_the_results():
-    run("-m", "benchmarks.readme", "--check")
+def test_the_page_shows_the_results():
+    """And the check can fail."""
+    from benchmarks import results_page
+
+    text = results_page.PAGE.read_text()
+    assert results_page.filled(text) == text and not results_page.without_table(text)
+    assert results_page.filled(text.replace("5718 MB", "1 MB")) == text
+    assert results_page.without_table(text.replace("throughput-nvidia", "throughput-nobody")) == [
+        "benchmarks/results/throughput-nvidia-h200.json"
+    ]
+
+
+@pytest.mark.slow
+def test_the_documentation_builds(tmp_path):
+    result = run("-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site")
+    assert "WARNING" not in result.stderr
+    pages = {path.parent.name for path in (tmp_path / "site").glob("*/index.html")}
+    assert {"how-it-works", "results", "reference", "troubleshooting"} <= pages
+    assert "to_reversible" in (tmp_path / "site" / "reference" / "index.html").read_text()
 
 
 @pytest.mark.slow
@@ -158,6 +177,7 @@ def test_text_example_on_files(tmp_path):
     assert "no column 'text'; it has body, answer" in failed.stderr
 
 
+@pytest.mark.slow
 def test_bad_arguments():
     assert "--seeds 0: at least one run" in run("examples/finetune_image.py", "--seeds", 0, code=1).stderr
     assert "--anneal_from 2.0: a fraction" in run("examples/finetune_image.py", "--anneal_from", 2, code=1).stderr

@@ -201,6 +201,7 @@ def test_plain_training_is_then_the_reversible_class_at_beta_zero(without_stock)
     assert {p.data_ptr() for p in twins.plain.parameters()} == shared
 
 
+@pytest.mark.slow
 def test_it_needs_the_memory_of_a_stock_model(without_stock, monkeypatch):
     """By the accounting; with checkpointing it needs less."""
     subject = without_stock.subject(4, wider=3, mlp_ratio=4)

@@ -72,7 +72,7 @@ def reference_for(family, model, path):
     torch.save((batch, model.eval()(**batch).logits.detach()), path)
 
 
-@pytest.mark.parametrize("beta", [1.0, [0.5, 0, 0.25]])
+@pytest.mark.parametrize("beta", [pytest.param(1.0, marks=pytest.mark.slow), [0.5, 0, 0.25]])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_saved_model_loads_elsewhere(name, beta, tmp_path, env):
     family = FAMILIES[name]
@@ -126,6 +126,7 @@ def test_auto_classes_know_the_package(tmp_path):
     assert type(AutoModel.from_config(hp.RevViTConfig(num_hidden_layers=1))) is hp.RevViTModel
 
 
+@pytest.mark.slow
 def test_push_to_hub_and_back(tmp_path, env):
     family = FAMILIES["roberta"]
     model = family.build(2, 0.1, beta=0.5)
@@ -195,6 +196,7 @@ def test_runtime_files_travel(file):
                 assert top in {"torch", "transformers"} | optional or top in sys.stdlib_module_names, name
 
 
+@pytest.mark.slow
 def test_triton_is_optional():
     """It comes with builds of PyTorch for CUDA only."""
     code = "import sys; sys.modules['triton'] = None; from hf_pareprop import coupling; print(coupling.runs_fused(None, None, None))"
@@ -203,7 +205,7 @@ def test_triton_is_optional():
 
 
 def engine_files():
-    of_models = ("configuration_", "modeling_", "blocks", "heads", "remote_code")
+    of_models = ("configuration_", "modeling_", "adapters", "blocks", "heads", "remote_code")
     return [file.stem for file in runtime_files() if not file.stem.startswith(of_models)]
 
 

@@ -27,6 +27,7 @@ def peak(family, depths, **fields) -> int:
         return peak_bytes(lambda: model(**batch).loss.backward(), torch.device("cpu"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, stage", STAGES)
 def test_memory_per_added_layer(name, stage):
     """At most 3 % of what plain training (which beta 0 is) stores for it, in every stage, with both engines."""

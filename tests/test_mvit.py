@@ -105,6 +105,7 @@ def test_names_and_shapes_are_those_of_timm(architecture):
     assert digest(on_meta(architecture).named_parameters()) == PARAMETERS[architecture]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", PARAMETERS)
 def test_timm_has_those_names_and_shapes(timm, architecture):
     with torch.device("meta"):
@@ -215,6 +216,7 @@ def wrapper(timm, monkeypatch):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", ["RevMViTForImageClassification", "RevMViTModel"])
 def test_a_checkpoint_of_the_wrapper_loads(wrapper, tmp_path, cls):
     names = list("abcd")

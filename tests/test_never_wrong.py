@@ -917,6 +917,7 @@ def test_a_partial_backward_leaves_nothing_for_the_next(family, engine):
         kept[0].sum().backward()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fail", ["create_graph", "modified parameter"])
 def test_a_failed_step_leaves_no_memory_behind(family, engine, fail):
     model, batch = family.build(4, 0.1, beta=0.5), family.batch()

@@ -124,6 +124,7 @@ def slow_down(model):
             dense.forward = lambda x, original=dense.forward: Slow.apply(original(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_worker_thread_hides_rebuilding(family, lane):
     device, spans = torch.device("cpu"), {}

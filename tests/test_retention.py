@@ -130,6 +130,7 @@ def test_a_layer_is_measured_as_what_it_keeps(family):
     assert kept_bytes(model, batch) - one == pytest.approx(2 * size, rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("family_name", FAMILIES)
 def test_prediction_of_memory_is_within_ten_per_cent(family_name, bf16):
@@ -432,6 +433,7 @@ def test_forward_passes_share_what_gradients_take(family):
     assert kept.planned[-1].bytes == planned[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bf16, beta", [(False, 1.0), (True, 1 / 32)])
 @pytest.mark.parametrize("engine", ["reprop", "pareprop"])
 @pytest.mark.parametrize("family_name", FAMILIES)
@@ -456,6 +458,7 @@ def test_the_peak_does_not_move(family_name, engine, bf16, beta):
     assert kept[0] > 0 or family.row.staged
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 4, 32])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_peak_does_not_move_where_the_head_makes_it(size, bf16):

@@ -37,6 +37,7 @@ def test_anneals_to_the_stock_model(family, tmp_path):
     assert type(model).from_pretrained(tmp_path).config.beta == 0
 
 
+@pytest.mark.slow
 def test_every_stage_is_exact(family, tmp_path):
     """The losses and weights of the reference, which stores activations."""
     runs = [
@@ -47,6 +48,7 @@ def test_every_stage_is_exact(family, tmp_path):
     assert_same(*(run[1] for run in runs))
 
 
+@pytest.mark.slow
 def test_resuming_in_the_middle_of_a_stage(family, tmp_path):
     whole = train(family, tmp_path / "whole", model=build(family), callbacks=[hp.BetaSchedule.anneal(0.4)])
     train(family, tmp_path / "parts", model=build(family), callbacks=[hp.BetaSchedule.anneal(0.4)], stop=7)

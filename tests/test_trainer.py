@@ -87,6 +87,7 @@ def test_same_training_as_with_autograd(family, engine, setting, tmp_path):
     assert len(set(found[0].values())) > 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["plain", "gradient accumulation", "bf16"])
 def test_resuming_in_the_middle_of_an_epoch(family, setting, tmp_path):
     """Losses and weights equal the uninterrupted run's exactly; a checkpoint that loses weights would not."""
@@ -116,6 +117,7 @@ def test_gradient_accumulation_is_the_large_batch(family, tmp_path):
     numpy.testing.assert_allclose(list(whole[0].values()), list(parts[0].values()), rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "problem, num_labels", [("regression", 1), ("regression", 3), ("multi_label_classification", 3)]
 )

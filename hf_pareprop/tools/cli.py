@@ -154,9 +154,13 @@ def _run(command: str, options: dict[str, Any]) -> None:
     """Run what :mod:`commands` has under that name."""
     importlib.import_module("hf_pareprop").load()
     logging = importlib.import_module("transformers.utils.logging")
+    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    getattr(importlib.import_module("hf_pareprop.tools.commands"), command)(**options)
+    try:
+        getattr(importlib.import_module("hf_pareprop.tools.commands"), command)(**options)
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def main() -> None:
