@@ -12,6 +12,9 @@ class RevRobertaConfig(ReversibleConfig, RobertaConfig):
 
     Raises:
         ValueError: `is_decoder` or `add_cross_attention` is set.
+
+    Example:
+        >>> model = RevRobertaForMaskedLM(RevRobertaConfig(num_hidden_layers=24, beta=0.5))
     """
 
     model_type = "rev_roberta"

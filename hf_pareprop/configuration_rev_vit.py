@@ -13,6 +13,9 @@ class RevViTConfig(ReversibleConfig, ViTConfig):
     Args:
         distillation_token (`bool`, defaults to `False`):
             Whether a second token follows the CLS token, as in DeiT. No head reads it.
+
+    Example:
+        >>> model = RevViTForImageClassification(RevViTConfig(num_hidden_layers=24, num_labels=10))
     """
 
     model_type = "rev_vit"

@@ -35,6 +35,9 @@ class MemoryBudget(TrainerCallback):
 
     Raises:
         ValueError: ``budget`` is none of these; at the start of training, if the model is not reversible.
+
+    Example:
+        >>> Trainer(model, args, train_dataset=data, callbacks=[MemoryBudget("gradients")]).train()
     """
 
     def __init__(self, budget: str = "auto"):

@@ -32,6 +32,13 @@ class GraphedStep:
 
     Raises:
         ValueError: the model is not on CUDA, the optimizer is not capturable or has no state, or there is no loss.
+
+    Example:
+        >>> optimizer = torch.optim.AdamW(model.parameters(), capturable=True, fused=True)
+        >>> model(**batch).loss.backward()  # one ordinary step, which makes the optimizer's state
+        >>> optimizer.step()
+        >>> step = GraphedStep(model, batch, optimizer, autocast=torch.bfloat16)
+        >>> loss = step(**next_batch)
     """
 
     def __init__(

@@ -27,6 +27,10 @@ class BetaSchedule(TrainerCallback, ExportableState):
     Raises:
         ValueError: a fraction or a cap is out of range; at the start of training, with `load_best_model_at_end`, which would put
             weights of one stage into the coupling of another.
+
+    Example:
+        >>> Trainer(model, args, train_dataset=data, callbacks=[BetaSchedule.anneal(start=0.5)]).train()
+        >>> stock = to_stock(model)  # computes what the trained model computes
     """
 
     def __init__(self, caps: Mapping[float, float]):
