@@ -55,18 +55,18 @@ def advance(
     sides = {
         w: previous.new_empty(previous.numel() * w // 8, dtype=torch.uint8) for w in widths(plan.side_bits) if keep
     }
-    _launch(_advance, value, previous, following, plan, sides, peak=peak.view(torch.int32), KEEP=keep)
+    launch(advance_kernel, value, previous, following, plan, sides, peak=peak.view(torch.int32), KEEP=keep)
     return following, list(sides.values()), peak
 
 
 def retreat(value: Tensor, following: Tensor, plan: "LayerPlan", sides: Sequence[Tensor]) -> Tensor:
     """``s[i-1]`` from ``Phi_i(s[i])``, ``s[i+1]`` and the side bits that :func:`advance` kept."""
     previous = torch.empty_like(following)
-    _launch(_retreat, value, following, previous, plan, dict(zip(widths(plan.side_bits), sides, strict=True)))
+    launch(retreat_kernel, value, following, previous, plan, dict(zip(widths(plan.side_bits), sides, strict=True)))
     return previous
 
 
-def _launch(
+def launch(
     kernel: Any,
     value: Tensor,
     state: Tensor,
@@ -93,7 +93,7 @@ def _launch(
 
 
 @triton.jit
-def _advance(
+def advance_kernel(
     value,
     previous,
     following,
@@ -125,7 +125,7 @@ def _advance(
 
 
 @triton.jit
-def _retreat(
+def retreat_kernel(
     value,
     following,
     previous,

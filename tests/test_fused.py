@@ -138,13 +138,14 @@ def test_a_training_step(family, beta, lane, monkeypatch):
     model, batch = family.build(3, 0.1, beta=beta).to(DEVICE), family.batch()
     batch = {name: tensor.to(DEVICE) for name, tensor in batch.items()}
     launches = []
-    launch = fused._launch
-    monkeypatch.setattr(fused, "_launch", lambda kernel, *a, **k: launches.append(kernel) or launch(kernel, *a, **k))
+    launch = fused.launch
+    monkeypatch.setattr(fused, "launch", lambda kernel, *a, **k: launches.append(kernel) or launch(kernel, *a, **k))
     found = [step(model, batch, engine) for engine in ("autograd", "reprop", "pareprop")]
     updates = 2 * sum(plan.reversible for plan in model.base_model.layer_plans)
     tries = coupling.fused_are_exact.cache_info().currsize
     assert (
-        launches.count(fused._advance) == 3 * updates + tries and launches.count(fused._retreat) == 2 * updates + tries
+        launches.count(fused.advance_kernel) == 3 * updates + tries
+        and launches.count(fused.retreat_kernel) == 2 * updates + tries
     )
     monkeypatch.setattr(fused, "DEVICES", set())
     found.append(step(model, batch, "autograd"))
@@ -188,7 +189,7 @@ def test_either_way_of_an_update_undoes_the_other(side_bits, monkeypatch):
 
 def spoiled(trouble):
     """A launch of kernels that do not work."""
-    original = fused._launch
+    original = fused.launch
 
     def launch(kernel, value, state, result, *args, **kwargs):
         if trouble == "raises":
@@ -206,7 +207,7 @@ def spoiled(trouble):
 def test_kernels_are_tried_first(trouble, monkeypatch):
     """No compiler, or a GPU on which they would compute something else: said once."""
     tensors = odd(plan_of(1), (8, 8))
-    monkeypatch.setattr(fused, "_launch", spoiled(trouble))
+    monkeypatch.setattr(fused, "launch", spoiled(trouble))
     with pytest.warns(UserWarning, match="Triton.*(C compiler|other bits)"):
         assert not coupling.runs_fused(*tensors)
     with warnings.catch_warnings():
@@ -220,7 +221,7 @@ def test_kernels_that_do_not_work_are_not_used(family, trouble, monkeypatch):
     model, batch = family.build(2, beta=0.5).to(DEVICE), {k: v.to(DEVICE) for k, v in family.batch().items()}
     reference = step(model, batch, "reprop")
     coupling.fused_are_exact.cache_clear()
-    monkeypatch.setattr(fused, "_launch", spoiled(trouble))
+    monkeypatch.setattr(fused, "launch", spoiled(trouble))
     with pytest.warns(UserWarning, match="C compiler|other bits") as warned:
         found = step(model, batch, "reprop")
     assert len([w for w in warned if "Triton" in str(w.message)]) == 1
@@ -265,8 +266,8 @@ for capability in (75, 80, 90, 100):
     for value in ("fp32", "fp64"):
         for side_bits in (0, 1, 7):
             common = dict(GRID_BITS=16, SIDE_BITS=side_bits, BLOCK=fused.BLOCK)
-            build(fused._advance, value, capability, **common, KEEP=True)
-            build(fused._retreat, value, capability, **common)
+            build(fused.advance_kernel, value, capability, **common, KEEP=True)
+            build(fused.retreat_kernel, value, capability, **common)
 print("compiled")
 """
 
