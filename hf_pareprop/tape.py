@@ -25,6 +25,9 @@ from .transition import Transition, TransitionCall, run_steps
 Grid = tuple[int, int]
 """Rows and columns of patches."""
 
+CASTING = ("ToCopyBackward0", "RegisterPostBackwardFunctionBackward")
+"""The nodes of the autograd graph of a hidden state that FSDP2 casts: the cast, and where FSDP2 learns of its gradient."""
+
 
 class Tape:
     """One forward pass: the pair of states that it has come to, and how many layers it has run.
@@ -155,9 +158,13 @@ class Tape:
     def _arrive(self, hidden: Tensor, plan: LayerPlan) -> None:
         """Take the hidden state that a layer is given: the one that was handed out, a changed one, or a segment's first."""
         opens, self._plan = self._plan is None, plan
-        if not opens and self._is_unchanged(hidden):
-            self._current = self._current._replace(value=hidden, needs_gradient=hidden.requires_grad)
-            return
+        if not opens:
+            self._check_shape(hidden)
+            if hidden.dtype != (handed := value_of(self._current)).dtype:
+                hidden = self._uncast(hidden, handed, plan)
+            if self._is_unchanged(hidden):
+                self._current = self._current._replace(value=hidden, needs_gradient=hidden.requires_grad)
+                return
         bits, peak = encode(hidden.detach(), plan.grid_bits)
         self._peak = torch.maximum(self._peak.to(peak.device), peak)
         hidden = hidden.view_as(hidden)  # the chain's uses are added up here, before those of others
@@ -173,8 +180,11 @@ class Tape:
             self._previous = State.of(before.bits.to(bits.device), value_of(before).to(bits.device))
         self._current = through()
 
-    def _is_unchanged(self, hidden: Tensor) -> bool:
-        """Whether a layer is given what the layer below returned, or a view of it: FSDP2 hands on another object."""
+    def _check_shape(self, hidden: Tensor) -> None:
+        """
+        Raises:
+            RuntimeError: a layer is given another shape than the layer below returned.
+        """
         handed = value_of(self._current)
         if hidden.shape != handed.shape:
             raise RuntimeError(
@@ -182,12 +192,27 @@ class Tape:
                 "stands between reversible layers has to keep the shape, since the state before it stays in use. Make the layers "
                 "around it conventional (0 in a list of betas)."
             )
-        if hidden.dtype != handed.dtype:
-            raise RuntimeError(
-                f"a layer got its hidden state in {hidden.dtype}, the layer below returned {handed.dtype}: something casts the "
-                "inputs of layers, and the states could not be rebuilt. With FSDP2 set cast_forward_inputs=False in the "
-                "MixedPrecisionPolicy."
-            )
+
+    def _uncast(self, hidden: Tensor, handed: Tensor, plan: LayerPlan) -> Tensor:
+        """The hidden state of a layer whose inputs are cast, as FSDP2 does in mixed precision.
+
+        Where all that happened to it is the cast, layers read the state that the layer below returned, in full precision, and
+        the gradient takes the way of the cast.
+        """
+        changed = hidden.to(handed.dtype)
+        if not hidden.requires_grad and not handed.requires_grad:
+            # No graph says what happened, so the values do.
+            return torch.where((hidden == handed.to(hidden.dtype)).all(), handed, changed)
+        if version_of(handed) != self._handed_out[0] or version_of(hidden) or not _is_cast_of(hidden, handed):
+            return changed
+        uncast = straight_through(self._current.bits, plan.grid_bits, self.dtype, (1.0, hidden))
+        self._current = self._current._replace(value=uncast)
+        self._handed_out = version_of(uncast), uncast.requires_grad
+        return uncast
+
+    def _is_unchanged(self, hidden: Tensor) -> bool:
+        """Whether a layer is given what the layer below returned, or a view of it: FSDP2 hands on another object."""
+        handed = value_of(self._current)
         same = hidden is handed or (shares_memory(hidden, handed) and _descends(hidden, handed))
         return same and (version_of(hidden), hidden.requires_grad) == self._handed_out
 
@@ -285,6 +310,17 @@ def _descends(view: Tensor, original: Tensor) -> bool:
         if original.grad_fn in nodes:
             return original.grad_fn is not None
     return False
+
+
+def _is_cast_of(hidden: Tensor, handed: Tensor) -> bool:
+    """Whether between two tensors, by their autograd graph, there is a cast and nothing else."""
+    edge = hidden.grad_fn, hidden.output_nr
+    for _ in range(4):
+        node, number = edge
+        if node is None or node is handed.grad_fn or node.name() not in CASTING:
+            break
+        edge = node.next_functions[number]  # both return as many tensors as they take
+    return edge == (handed.grad_fn, handed.output_nr) and handed.grad_fn is not None
 
 
 def _conventional(module: nn.Module, steps: Sequence[Step], hidden: Tensor, *inputs: Any) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from families import FAMILIES, linears
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, ShardingStrategy, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 torch.set_num_threads(1)
@@ -25,6 +25,14 @@ def finer_than_a_layer(model):
     return fully_shard(model, mesh=mesh)
 
 
+def in_mixed_precision(model):
+    """With its defaults, so that the inputs of layers are cast."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for layer in model.encoder_layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
 def fsdp1(model, strategy):
     policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={type(model.encoder_layers[0])})
     return FullyShardedDataParallel(
@@ -36,14 +44,17 @@ def fsdp1(model, strategy):
     )
 
 
+FSDP2 = {"finer": finer_than_a_layer, "mixed": in_mixed_precision}
+
+
 def outcome(family, kind, engine):
     """Gradients by name, or the error."""
     model = family.build(3, beta=0.5, backward_engine=engine)
     batch = {k: torch.cat([v, v[:1]])[2 * rank : 2 * rank + 2] for k, v in family.batch().items()}
     try:
-        wrapped = finer_than_a_layer(model) if kind == "finer" else fsdp1(model, kind)
+        wrapped = FSDP2[kind](model) if kind in FSDP2 else fsdp1(model, kind)
         wrapped(**batch).loss.backward()
-        if kind == "finer":
+        if kind in FSDP2:
             return {n: p.grad.full_tensor().clone() for n, p in model.named_parameters() if p.grad is not None}
         with FullyShardedDataParallel.summon_full_params(wrapped, with_grads=True):
             return {n: p.grad.clone() for n, p in wrapped.named_parameters() if p.grad is not None}
@@ -53,7 +64,7 @@ def outcome(family, kind, engine):
 
 kind, engine = sys.argv[1:]
 for name, family in FAMILIES.items():
-    if family.row.staged and kind != "finer":
+    if family.row.staged and kind not in FSDP2:
         continue  # FSDP1 treats layers of stages as any other, and CI has no time for them
     reference, found = outcome(family, kind, "autograd"), outcome(family, kind, engine)
     if isinstance(found, str):

@@ -21,6 +21,14 @@ def test_fsdp2_on_parts_of_a_layer(engine):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
+def test_fsdp2_in_mixed_precision(engine):
+    """Which casts the hidden state on its way from layer to layer, by default."""
+    said = launch("sharded_worker.py", "mixed", engine)
+    assert all(f"{name} equal in" in said for name in FAMILIES), said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("strategy", ["SHARD_GRAD_OP", "FULL_SHARD"])
 def test_fsdp1(strategy, engine):
     """It works where a layer needs no parameter of another; RoBERTa's do, and find them hidden."""
