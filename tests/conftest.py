@@ -8,7 +8,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+TESTS = ROOT / "tests"
+FOLDERS = [path for path in TESTS.iterdir() if path.is_dir() and not path.name.startswith("__")]
+sys.path[:0] = map(str, [ROOT, ROOT / "examples", TESTS, *FOLDERS])  # where tests find what they share
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

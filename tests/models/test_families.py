@@ -21,7 +21,7 @@ from hf_pareprop.tools.inputs import random_batch, with_targets
 from hf_pareprop.tools.memory import memory_growth
 from hf_pareprop.tools.records import layers_in_words, width_of
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 ABOUT_ONE_MODEL = {

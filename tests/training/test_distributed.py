@@ -9,7 +9,7 @@ import pytest
 import torch
 from families import FAMILIES
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 
 def launch(script, *args, processes=2):
@@ -17,8 +17,13 @@ def launch(script, *args, processes=2):
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
         command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    env = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command += [str(HERE / script), *map(str, args)]
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(TESTS), str(Path(__file__).parent)]),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    command += [str(TESTS / script), *map(str, args)]
     result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
     assert result.returncode == 0, result.stdout[-1000:] + result.stderr[-3000:]
     return result.stdout
