@@ -6,6 +6,7 @@ What the commands do is in :mod:`commands`.
 import importlib
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -155,10 +156,12 @@ def _run(command: str, options: dict[str, Any]) -> None:
     importlib.import_module("hf_pareprop").load()
     logging = importlib.import_module("transformers.utils.logging")
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
+    logging.set_verbosity(logging.CRITICAL)  # the errors that it logs are raised as well
     logging.disable_progress_bar()
     try:
-        getattr(importlib.import_module("hf_pareprop.tools.commands"), command)(**options)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"(PIL|torch|transformers|numpy)\b")
+            getattr(importlib.import_module("hf_pareprop.tools.commands"), command)(**options)
     finally:
         logging.set_verbosity(verbosity)
 

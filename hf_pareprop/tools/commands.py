@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -192,8 +193,6 @@ def bench(
 ) -> None:
     beta = CONVERTED_BETA if beta is None else beta
     where = _device(device)
-    if where.type not in ("cpu", "cuda"):
-        raise CheckpointError(f"--device {device}: memory is measured on a CPU and on CUDA; use one of them.")
     cap = memory_of(where) if memory_cap is None else _bytes(memory_cap)
     with nullcontext() if out is None else Output(out, overwrite) as output:
         _bench(model_name, data, batch_size, max_length, cap, beta, autocast, where, compiled, rounds, output)
@@ -300,9 +299,13 @@ def _device(name: str) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise CheckpointError(f"--device {name}: PyTorch finds no CUDA device here; use --device cpu.")
     try:
-        found = torch.device(name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = torch.device(name)
     except RuntimeError as error:
         raise CheckpointError(f"--device {name}: not a device of PyTorch; use cpu or cuda.") from error
+    if found.type not in ("cpu", "cuda"):
+        raise CheckpointError(f"--device {name}: memory is measured on a CPU and on CUDA; use one of them.")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise CheckpointError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0.")
     return found

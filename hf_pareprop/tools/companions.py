@@ -98,6 +98,10 @@ def _copy_sentence_encoder(source: Source, folder: Path, copied: Copied, allow_p
     for name in SENTENCE_ENCODER:
         _copy(source, name, folder, copied, list if name == "modules.json" else dict)
     for module in modules:
+        if Path(module["path"]).is_absolute():
+            raise CheckpointError(
+                f"{path} has a module at {module['path']}: paths within the checkpoint are expected."
+            )
         place = source.folder / module["path"]
         if not module["path"] or not place.is_dir():
             continue

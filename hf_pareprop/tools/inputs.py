@@ -31,8 +31,9 @@ def real_batches(
     Raises:
         CheckpointError: there is nothing to read, or no tokenizer or image processor to read it with.
     """
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist: give a text file, an image, or a directory of images.")
+    if not path.is_file() and not path.is_dir():
+        what = "is neither a file nor a directory" if path.exists() else "does not exist"
+        raise CheckpointError(f"{path} {what}: give a text file, an image, or a directory of images.")
     if model.main_input_name == "pixel_values":
         yield from _image_batches(source, model, path, batch_size, limit)
     else:
@@ -103,7 +104,12 @@ def _image_batches(source, model, path: Path, batch_size: int, limit: int) -> It
                         images.append(image.convert("RGB" if model.config.num_channels == 3 else "L"))
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Warning) as error:
                 raise CheckpointError(f"{file} is not an image that can be read: {error}.") from error
-        pixels = processor(images=images, return_tensors="pt")["pixel_values"]
+        try:
+            pixels = processor(images=images, return_tensors="pt")["pixel_values"]
+        except Exception as error:  # whatever the fields of its configuration make of it
+            raise CheckpointError(
+                f"the image processor of {source.name} cannot prepare {path}: {first_line(error)} Look at its preprocessor_config.json."
+            ) from error
         yield {"pixel_values": pixels.to(model.device)}
 
 

@@ -132,6 +132,11 @@ class Output:
 
     def _clean(self) -> None:
         """Remove what a killed process has left, or put it back."""
+        for left in (self.folder, self.old):
+            if os.path.lexists(left) and (left.is_symlink() or not left.is_dir()):
+                raise OutputError(
+                    f"{left} is in the way and not a directory of this command: move or delete it yourself."
+                )
         if self.old.exists() and not os.path.lexists(self.target):
             self.old.rename(self.target)
             self.notes.append(f"{self.target.name} is back, which an interrupted run was replacing")
@@ -158,9 +163,12 @@ class Output:
 
 def changes_in(folder: Path) -> str:
     """What in a directory is not as this package wrote it, in words; empty if all is."""
+    manifest = folder / MANIFEST
     try:
-        written = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        if manifest.is_symlink() or not manifest.is_file():
+            raise ValueError("not a file")
+        written = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return f"there is no list of what it wrote, {MANIFEST}"
     found = {_name(path, folder): path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
     del found[MANIFEST]

@@ -26,7 +26,8 @@ COMPANIONS = (
 SENTENCE_ENCODER = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
 """Files with which sentence-transformers says how a model becomes a sentence encoder."""
 
-LARGEST_JSON = 100 * 2**20
+LARGEST_JSON = 20 * 2**20
+MOST_LABELS = 10**7
 """Bytes of a JSON file that is read whole."""
 
 CODE = {"auto_map", "custom_pipelines", "custom_generate", "trust_remote_code", "use_kernels", "kernel_config"}
@@ -115,6 +116,7 @@ def open_source(name: str, *, weights: bool = True) -> Source:
     if path is None:
         raise CheckpointError(f"{name} has no config.json: give the directory of a checkpoint of transformers.")
     source.config, dropped = read_without_code(path)
+    check_counts(source.config)
     if dropped and not source.model_type.startswith("rev_"):  # whose code is this package's
         source.notes.append(f"config.json: {', '.join(dropped)} left out, as foreign code is not carried along")
     for companion in source.companions():
@@ -136,6 +138,16 @@ def _downloaded(name: str, weights: bool) -> Path:
         raise CheckpointError(
             f"{name} is neither a directory nor a model that the Hub gives: {first_line(error)}"
         ) from error
+
+
+def check_counts(config: dict[str, Any]) -> None:
+    """
+    Raises:
+        CheckpointError: there are so many labels that there is no memory for the names that transformers makes of them.
+    """
+    count = config.get("num_labels")
+    if isinstance(count, (int, float)) and not isinstance(count, bool) and not count < MOST_LABELS:
+        raise CheckpointError(f"config.json has num_labels={count}: a whole number below {MOST_LABELS} is expected.")
 
 
 def read_json(path: Path, kind: type = dict) -> Any:

@@ -81,6 +81,55 @@ def test_the_card_of_a_training(tmp_path):
     assert result.task_type == "image-classification"
 
 
+def assert_one_line(said, *parts):
+    lines = [line for line in said.splitlines() if line.strip()]
+    assert len(lines) == 1 and all(part in lines[0] for part in parts), said
+
+
+@pytest.mark.parametrize("field, value", [("num_labels", 10**9), ("num_labels", 1e30)])
+def test_numbers_that_no_memory_holds(field, value, src, run, tmp_path):
+    edit(src, **{field: value})
+    assert_one_line(run("convert", src, tmp_path / "out", status=1), f"{field}={value}", "below 10000000")
+
+
+def test_a_field_that_nobody_may_set(src, run, tmp_path):
+    """Of which transformers logs a whole page."""
+    run("convert", src, tmp_path / "out")
+    edit(tmp_path / "out", stage_depths=3)
+    assert_one_line(run("verify", tmp_path / "out", status=1), "stage_depths")
+
+
+def test_what_is_in_the_way_stays(src, run, tmp_path):
+    """Files that have the names which an interrupted run leaves, and a manifest that is a link without an end."""
+    out = tmp_path / "out"
+    for name in (".out.hf-pareprop-old", ".out.hf-pareprop"):
+        (tmp_path / name).write_text("mine")
+        assert_one_line(run("convert", src, out, status=1), name, "move or delete it yourself")
+        assert (tmp_path / name).read_text() == "mine" and not out.exists()
+        (tmp_path / name).unlink()
+    out.mkdir()
+    (out / MANIFEST).symlink_to("/dev/zero")
+    assert_one_line(run("convert", src, out, "--overwrite", status=1), "there is no list of what it wrote")
+
+
+def test_data_that_is_no_file(src, run, tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    said = run("convert", src, tmp_path / "out", "--data", tmp_path / "pipe.txt", status=1)
+    assert_one_line(said, "pipe.txt is neither a file nor a directory")
+
+
+def test_an_image_processor_that_cannot_work(run, tmp_path):
+    from PIL import Image
+
+    stock("ViTForImageClassification").save_pretrained(tmp_path / "vit")
+    transformers.ViTImageProcessor(size=12).save_pretrained(tmp_path / "vit")
+    Image.new("RGB", (12, 12)).save(tmp_path / "image.png")
+    path = tmp_path / "vit" / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rescale_factor": "x"}))
+    said = run("convert", tmp_path / "vit", tmp_path / "out", "--data", tmp_path / "image.png", status=1)
+    assert_one_line(said, "cannot prepare", "image.png", "preprocessor_config.json")
+
+
 def test_the_installed_command(src, tmp_path):
     """Which loads the package when it runs a command: it converts, and reads what it wrote."""
     command = Path(sys.executable).with_name("hf-pareprop")
