@@ -8,6 +8,7 @@ that the JSON file already holds are not run again; what was interrupted goes on
 
 import argparse
 import json
+import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -49,6 +50,7 @@ WARM_UPS = {"cpu": 1, "cuda": 3}
 
 def child(job: Job) -> None:
     be_killed_first()
+    logging.basicConfig(level=logging.INFO)  # tracebacks of ways to train that fail
     if job["threads"]:
         torch.set_num_threads(job["threads"])
     torch.manual_seed(0)

@@ -43,6 +43,7 @@ from .memory import memory_growth
 from .output import Output
 from .records import device_name, layers_in_words, size_in_words, software, width_of
 from .source import CheckpointError, open_source
+from .timing import OUT_OF_MEMORY
 from .verify import verify as verify_step
 from .weights import check_shard_size
 
@@ -230,6 +231,9 @@ def _bench(
     ways = with_retention(comparison, contenders(beta, compiled, where), batch_size)
     sizes = sizes_within(comparison, ways, batch_size)
     rows = comparison.measure(sizes, rounds, lambda line: typer.echo(line, err=True), seconds=TIMING_SECONDS)
+    errors = [row.error for row in rows if row.error not in (None, OUT_OF_MEMORY)]
+    if errors and not any(row.ms for row in rows):
+        raise CheckpointError(f"no way to train {model_name} runs: {errors[0]}. Is its config.json right?")
     limits = {way.name: comparison.largest_batch(way, cap) for way in ways}
     said = recommend(rows, batch_size, cap, side_lane(where).overlaps)
     chosen = choose(rows, batch_size, cap)

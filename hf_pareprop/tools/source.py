@@ -28,6 +28,7 @@ SENTENCE_ENCODER = ("modules.json", "sentence_bert_config.json", "config_sentenc
 
 LARGEST_JSON = 20 * 2**20
 MOST_LABELS = 10**7
+LONGEST_MESSAGE = 1000
 """Bytes of a JSON file that is read whole."""
 
 CODE = {"auto_map", "custom_pipelines", "custom_generate", "trust_remote_code", "use_kernels", "kernel_config"}
@@ -107,7 +108,7 @@ def open_source(name: str, *, weights: bool = True) -> Source:
         CheckpointError: there is none, it has no readable configuration, or files that lead elsewhere.
     """
     folder = Path(name)
-    if not folder.is_dir():
+    if not name or not folder.is_dir():
         if folder.exists():
             raise CheckpointError(f"{name} is a file: give the directory that it is in.")
         folder = _downloaded(name, weights)
@@ -125,6 +126,10 @@ def open_source(name: str, *, weights: bool = True) -> Source:
 
 
 def _downloaded(name: str, weights: bool) -> Path:
+    if not name or name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise CheckpointError(
+            f"{name or 'an empty name'}: there is no such directory, and no model of the Hub has such a name."
+        )
     files = ["*.safetensors", "*.safetensors.index.json", "pytorch_model*"] if weights else []
     patterns = ["config.json", "README.md", *files, *COMPANIONS, *SENTENCE_ENCODER, "[0-9]*_*/*.json"]
     try:
@@ -145,9 +150,10 @@ def check_counts(config: dict[str, Any]) -> None:
     Raises:
         CheckpointError: there are so many labels that there is no memory for the names that transformers makes of them.
     """
-    count = config.get("num_labels")
-    if isinstance(count, (int, float)) and not isinstance(count, bool) and not count < MOST_LABELS:
-        raise CheckpointError(f"config.json has num_labels={count}: a whole number below {MOST_LABELS} is expected.")
+    for name in ("num_labels", "num_classes"):  # transformers' and timm's
+        count = config.get(name)
+        if isinstance(count, (int, float)) and not isinstance(count, bool) and not count < MOST_LABELS:
+            raise CheckpointError(f"config.json has {name}={count}: a whole number below {MOST_LABELS} is expected.")
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
@@ -200,10 +206,14 @@ def without_code(value: Any) -> tuple[Any, list[str]]:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error, or its type where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """The message of an error, or its type where it has none; cut where it repeats a value of many characters."""
+    return _cut(" ".join(str(error).split())) or type(error).__name__
 
 
 def first_line(error: BaseException) -> str:
     """The same of its first line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return _cut((str(error).strip().splitlines() or [type(error).__name__])[0])
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]} …"

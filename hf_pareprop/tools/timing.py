@@ -1,12 +1,15 @@
 """How long steps take, measured side by side."""
 
 import gc
+import logging
 import time
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+
+logger = logging.getLogger("hf_pareprop")
 
 Step = Callable[[], None]
 
@@ -75,11 +78,11 @@ def _sample(prepare: Callable[[], Step], device: torch.device) -> dict[str, Any]
 
 
 def error_of(error: Exception) -> str:
-    """``error`` in one line, the first of its message, as CUDA's go on with advice; its traceback goes to stderr."""
+    """``error`` in one line, the first of its message, as CUDA's go on with advice; its traceback is logged at level INFO."""
     texts = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in texts):
         return OUT_OF_MEMORY
-    traceback.print_exception(error)
+    logger.info("", exc_info=error)
     return traceback.format_exception_only(error)[-1].splitlines()[0]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -205,8 +206,11 @@ def check_shard_size(size: str) -> None:
     """
     try:
         split_torch_state_dict_into_shards({}, max_shard_size=size)
-    except ValueError as error:
-        raise CheckpointError(f"--max-shard-size {size}: not a size, such as 5GB or 200MB.") from error
+        positive = not re.fullmatch(r"\s*(-.*|0+(\.0*)?\s*[A-Za-z]*)", size)
+    except (ValueError, OverflowError):
+        positive = False
+    if not positive:
+        raise CheckpointError(f"--max-shard-size {size}: not a size, such as 5GB or 200MB.")
 
 
 def write_shards(

@@ -112,6 +112,20 @@ def test_what_is_in_the_way_stays(src, run, tmp_path):
     assert_one_line(run("convert", src, out, "--overwrite", status=1), "there is no list of what it wrote")
 
 
+@pytest.mark.parametrize("size", ["0GB", "-1GB", "lots", "9" * 400 + "GB"])
+def test_bad_sizes_of_shards(size, src, run, tmp_path):
+    said = run("convert", src, tmp_path / "out", f"--max-shard-size={size}", status=1)
+    assert_one_line(said, "--max-shard-size", "not a size, such as 5GB")
+    assert len(said) < 1200
+
+
+def test_bench_says_when_nothing_runs(src, run):
+    """Which is not a want of memory."""
+    edit(src, pad_token_id=-3)
+    said = run("bench", src, "--rounds", 1, "--batch-size", 1, "--max-length", 8, "--no-compile", status=1)
+    assert "no way to train" in said and "Traceback" not in said and "Nothing trains" not in said
+
+
 def test_data_that_is_no_file(src, run, tmp_path):
     os.mkfifo(tmp_path / "pipe.txt")
     said = run("convert", src, tmp_path / "out", "--data", tmp_path / "pipe.txt", status=1)
@@ -394,7 +408,7 @@ def test_bad_checkpoints(run, src, tmp_path):
 def test_missing_weights(run, src, tmp_path):
     (src / "model.safetensors").unlink()
     assert "has no weights" in run("convert", src, tmp_path / "out", status=1)
-    assert "neither a directory nor" in run("convert", tmp_path / "nowhere", tmp_path / "out", status=1)
+    assert "there is no such directory" in run("convert", tmp_path / "nowhere", tmp_path / "out", status=1)
     assert "is a file: give the directory" in run("convert", src / "config.json", tmp_path / "out", status=1)
 
 
@@ -603,7 +617,7 @@ def test_bench_of_a_reversible_checkpoint(run, src, tmp_path):
 
 
 def test_bench_refuses(run, src, tmp_path):
-    assert "neither a directory nor" in run(*bench(tmp_path / "nowhere"), status=1)
+    assert "there is no such directory" in run(*bench(tmp_path / "nowhere"), status=1)
     assert "below the weights" in run(*bench(src, "--memory-cap", "0.1MB"), status=1)
     for cap in ("lots", "16", "-1GB", "0GB"):
         assert "not an amount of memory, such as 16GB" in run(*bench(src, "--memory-cap", cap), status=1)
