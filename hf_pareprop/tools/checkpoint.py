@@ -1,5 +1,6 @@
 """Checkpoints loaded: whole, or as a plan of which tensor goes where."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,9 @@ from .weights import Weights, open_weights
 
 DEEPEST = 1000
 """Layers; more are a mistake."""
+
+PROBABILITIES = ("dropout_prob", "drop_path_rate", "_dropout")
+"""What the names of fields end with that are probabilities; `classifier_dropout` may be null as well."""
 
 NOT_COUNTS = {"num_labels", "num_classes", "num_features"}
 """Fields that begin like numbers of layers or heads and may be 0."""
@@ -129,6 +133,12 @@ def config_of(source: Source, config_class: Any, own: Any = None, tensors: int =
             f"config.json of {source.name} says that the model has {depth} layers, but {what}: correct it."
         )
     for name, value in fields.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise CheckpointError(f"config.json of {source.name} says {name}={value}, which is not a number.")
+        if name.endswith(PROBABILITIES) and type(value) in (int, float) and not 0 <= value <= 1:
+            raise CheckpointError(
+                f"config.json of {source.name} says {name}={value}: a probability, 0 to 1, is expected."
+            )
         counts = name.startswith("num_") or name.endswith(("_size", "_dim", "_embeddings")) or name == "depths"
         if not counts or name in NOT_COUNTS:
             continue
@@ -178,6 +188,8 @@ def _load(
     """
     loads: Any = cls.from_pretrained
     options_and_dtype = {**options, "dtype": weights.dtype(config) if dtype == "auto" else dtype or torch.float32}
+    # Of tensors of another shape transformers says which they are only where it may leave them out.
+    options_and_dtype["ignore_mismatched_sizes"] = True
     try:
         model, info = loads(None, config=config, state_dict=tensors, output_loading_info=True, **options_and_dtype)
     except RuntimeError as error:
@@ -188,6 +200,12 @@ def _load(
         raise CheckpointError(
             f"config.json of {source.name} is not that of a {cls.__name__}: {one_line(error)}"
         ) from error
+    if mismatched := sorted(info["mismatched_keys"]):
+        name, found, expected = mismatched[0]
+        raise CheckpointError(
+            f"{len(mismatched)} weights of {source.name} are not those of its configuration: {name} has the shape {tuple(found)}, and a "
+            f"{cls.__name__} of config.json has {tuple(expected)}. Correct config.json."
+        )
     missing = sorted(info["missing_keys"])
     if missing and not options and all(key.startswith("pooler.") for key in missing):
         loaded = _load(source, cls, config, weights, tensors, dtype, add_pooling_layer=False)

@@ -92,6 +92,23 @@ def test_numbers_that_no_memory_holds(field, value, src, run, tmp_path):
     assert_one_line(run("convert", src, tmp_path / "out", status=1), f"{field}={value}", "below 10000000")
 
 
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (
+            {"intermediate_size": 40},
+            "intermediate.dense.bias has the shape (64,), and a RobertaForSequenceClassification of",
+        ),
+        ({"layer_norm_eps": float("nan")}, "layer_norm_eps=nan, which is not a number"),
+        ({"hidden_dropout_prob": float("inf")}, "hidden_dropout_prob=inf, which is not a number"),
+        ({"hidden_dropout_prob": 1.5}, "hidden_dropout_prob=1.5: a probability, 0 to 1, is expected"),
+    ],
+)
+def test_fields_are_named(fields, message, src, run, tmp_path):
+    edit(src, **fields)
+    assert_one_line(run("convert", src, tmp_path / "out", status=1), message)
+
+
 def test_a_field_that_nobody_may_set(src, run, tmp_path):
     """Of which transformers logs a whole page."""
     run("convert", src, tmp_path / "out")
