@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.initialization import no_init_weights
 
 from ..modeling_reversible import ReversiblePreTrainedModel
@@ -27,7 +28,7 @@ from .contenders import (
 )
 from .inputs import random_batch, real_batches, with_targets
 from .records import MB, aligned, number, ratio, size_in_words
-from .source import Source
+from .source import CheckpointError, Source
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -62,6 +63,20 @@ def subject_of(source: Source) -> Subject:
     if issubclass(found, ReversiblePreTrainedModel):  # as of models of timm
         return Subject(found, config)
     return Subject.of(source.class_name, config)
+
+
+def check_size(source: Source, subject: Subject, cap: int) -> None:
+    """
+    Raises:
+        CheckpointError: the weights that the configuration describes take more than ``cap`` bytes. They are not made here.
+    """
+    with FakeTensorMode(), no_init_weights():
+        size = sum(parameter.nbytes for parameter in subject.build(STOCK).parameters())
+    if size > cap:
+        raise CheckpointError(
+            f"the model that config.json of {source.name} describes has weights of {size_in_words(size)}, more than the "
+            f"{size_in_words(cap)} of memory: is every size in it right?"
+        )
 
 
 def batch_for(source: Source, subject: Subject, data: Path | None, size: int, max_length: int) -> dict[str, Any]:

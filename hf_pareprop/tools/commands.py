@@ -18,6 +18,7 @@ from ..modeling_reversible import ReversiblePreTrainedModel
 from ..plan import CONVERTED_BETA, DEFAULT_GRID_BITS, parse_size
 from .bench import (
     batch_for,
+    check_size,
     choose,
     code_for,
     contenders,
@@ -219,6 +220,7 @@ def _bench(
         output.keep(source.folder)
     subject = subject_of(source)
     bf16 = autocast == "bf16" or (autocast == "auto" and where.type == "cuda")
+    check_size(source, subject, memory_of(where))
     batch = batch_for(source, subject, data, batch_size, max_length)
     comparison = Comparison(subject, batch, where, bf16, cap)
     title = (

@@ -136,6 +136,12 @@ def test_bad_sizes_of_shards(size, src, run, tmp_path):
     assert len(said) < 1200
 
 
+@pytest.mark.parametrize("fields", [{"max_position_embeddings": 10**9}, {"vocab_size": 10**10}])
+def test_bench_of_a_model_that_no_memory_holds(fields, src, run):
+    edit(src, **fields)
+    assert_one_line(run("bench", src, "--no-compile", status=1), "has weights of", "is every size in it right?")
+
+
 def test_bench_says_when_nothing_runs(src, run):
     """Which is not a want of memory."""
     edit(src, pad_token_id=-3)
