@@ -112,12 +112,13 @@ def test_throughput_benchmark(tmp_path):
     """All parts of the smallest size, and a second run, which has nothing left to do."""
     command = ["-m", "benchmarks.throughput", "--device", "cpu", "--sizes", "vit-s", "--precisions", "bf16"]
     command += ["--max-batch", 1, "--rounds", 1, "--betas", 1, "--caps", 16, "--depths", 1, 2, "--out", tmp_path]
+    command += ["--without", "activation budget"]  # a minute of compiling
     first = run(*command).stdout
     (path,) = tmp_path.glob("throughput-*.json")
     parts = json.loads(path.read_text())["parts"]
     assert [part["kind"] for part in parts] == ["speed", "limits", "depths"]
     # Without offloading, which does nothing on a CPU.
-    assert all(row["ms"] and not row["error"] for row in parts[0]["rows"]) and len(parts[0]["rows"]) == 10
+    assert all(row["ms"] and not row["error"] for row in parts[0]["rows"]) and len(parts[0]["rows"]) == 8
     assert parts[1]["limits"]["reprop, beta 1"]["16"] > parts[1]["limits"]["plain training"]["16"] > 1
     assert len(list(tmp_path.glob("*.png"))) == 2
     second = run(*command).stdout
