@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 import hf_pareprop
 from hf_pareprop import BetaSchedule, MemoryBudget
+from hf_pareprop.memory_probe import now_and_at_the_peak
 from hf_pareprop.tools.callbacks import memory_in_words
 from hf_pareprop.tools.cards import training_card
 from hf_pareprop.tools.compare import Comparison, Row
@@ -28,6 +29,7 @@ from hf_pareprop.tools.contenders import Contender, Subject
 
 METHODS = ("plain", "checkpointing", "reprop", "pareprop")
 STOCK = ("plain", "checkpointing")
+CPU = torch.device("cpu")
 WARM_UP_STEPS = 3
 BESIDE_STEPS = 5
 """Of plain training and of checkpointing beside the reversible run, for the table."""
@@ -82,7 +84,7 @@ class Meter(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        self.resident = _status("VmRSS")
+        self.resident, _ = now_and_at_the_peak(CPU)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._began = time.perf_counter()
@@ -94,7 +96,11 @@ class Meter(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         # On a CPU: the process's high-water mark, less what was resident before the first step (weights, libraries).
-        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM") - self.resident
+        peak = (
+            torch.cuda.max_memory_allocated()
+            if torch.cuda.is_available()
+            else now_and_at_the_peak(CPU)[1] - self.resident
+        )
         self.peak_mb = peak / 2**20
 
     def step_ms(self) -> float:
@@ -110,14 +116,6 @@ class SayWhatIsKept(TrainerCallback):
         if not self.told and (said := memory_in_words(model)) is not None:
             print(said, flush=True)
             self.told = True
-
-
-def _status(name: str) -> int:
-    """A line of /proc/self/status in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return 1024 * int(line.split()[1])
-    raise KeyError(name)
 
 
 def check_columns(data: DatasetDict, kind: str, *columns: str) -> None:

@@ -1,5 +1,6 @@
 """Every reversible family as small random models and batches, from its row in `hf_pareprop.tools.families`."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,6 +156,16 @@ def step(model, batch, engine: str | None = None, seed: int = 7, autocast: bool 
         loss = model(**batch).loss
     loss.backward()
     return loss.detach(), gradients(model), torch.get_rng_state()
+
+
+@contextmanager
+def never_waiting():
+    """An error where the host waits for CUDA."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
