@@ -4,6 +4,7 @@ A process of its own gives every case the same start: no memory that another cas
 kernel killing it for want of memory, ends that case alone.
 """
 
+import argparse
 import json
 import os
 import signal
@@ -53,6 +54,14 @@ def _how_it_ended(returncode: int, stderr: str) -> str | None:
     if returncode < 0:
         return f"ended by {signal.Signals(-returncode).name}"
     return (stderr.strip().splitlines() or [f"exit status {returncode}"])[-1]
+
+
+def add_study_options(parser: argparse.ArgumentParser, out: Path) -> None:
+    """What every study can be told; ``out`` is where its results lie."""
+    parser.add_argument("--seeds", type=int, default=3, help="how many, counted up from 42")
+    parser.add_argument("--jobs", type=int, default=2, help="cases at a time, one thread each")
+    parser.add_argument("--out", type=Path, default=out, help="directory of the results")
+    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
 
 
 def study(

@@ -17,7 +17,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from benchmarks.measure import Job, emit, run_child, study
+from benchmarks.measure import Job, add_study_options, emit, run_child, study
 from hf_pareprop.tools.records import cpu_model, save, software
 
 FAMILIES = ("vit", "swin", "mvit")
@@ -164,12 +164,9 @@ def key(job: Mapping[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
-    parser.add_argument("--seeds", type=int, default=3, help="how many, counted up from 42")
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--images", type=int, default=12_000, help="of the 60,000 of the training split")
-    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, one thread each")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="directory of the results")
-    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
+    add_study_options(parser, Path(__file__).parent / "results")
     args = parser.parse_args(arguments)
     if args.child:
         return child(args.child)

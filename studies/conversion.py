@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.measure import Job, emit, run_child, study
+from benchmarks.measure import Job, add_study_options, emit, run_child, study
 from hf_pareprop.tools.records import cpu_model, save, software
 
 from .conversion_report import plot, table
@@ -153,10 +153,7 @@ def key(job: Job) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=("before", *SEEDED), default=["before", *SEEDED])
-    parser.add_argument("--seeds", type=int, default=3, help="how many, counted up from 42")
-    parser.add_argument("--jobs", type=int, default=2, help="cases at a time, one thread each")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="directory of the results")
-    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
+    add_study_options(parser, Path(__file__).parent / "results")
     args = parser.parse_args(arguments)
     if args.child:
         return child(args.child)
