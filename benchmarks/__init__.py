@@ -1,1 +1,1 @@
-"""Speed and memory, measured: `python -m benchmarks.throughput` and its siblings, from the root of the repository."""
+"""Measure speed and memory: `python -m benchmarks.throughput` and its siblings, from the root of the repository."""

@@ -1,43 +1,37 @@
-"""Activation memory against depth: plain training, activation checkpointing and the reversible model, by the accounting.
+"""Predict activation memory against depth: plain training, activation checkpointing and the reversible model.
 
     python -m benchmarks.depth [--size vit-l] [--batch-size 64] [--depths 12 24 48 96]
 
 Nothing is trained: a step runs on tensors without data, in bf16 autocast.
 """
 
-import argparse
-import json
-from pathlib import Path
-
 import torch
 
 from hf_pareprop.tools.accounting import predict
 from hf_pareprop.tools.compare import resized
 from hf_pareprop.tools.contenders import CHECKPOINTING, STOCK, Contender
-from hf_pareprop.tools.records import save, software
+from hf_pareprop.tools.records import GB, software
 
-from .options import positive
+from .options import Parser, positive, write_figure, write_json
 from .sizes import SIZES, sample, subject
 
-GB = 2**30
 LINES = {
     STOCK: ("plain training", "black"),
     CHECKPOINTING: ("activation checkpointing", "#e69f00"),
-    Contender("reversible", "reprop", 1.0): ("reversible (reprop, beta 1)", "#d55e00"),
+    Contender("reprop", 1.0): ("reversible (reprop, beta 1)", "#d55e00"),
 }
 
 
 def main() -> None:
     from matplotlib.figure import Figure
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--size", choices=SIZES, default="vit-l", help="default: vit-l")
     parser.add_argument("--batch-size", type=positive, default=64)
     parser.add_argument("--length", type=positive, default=512, help="tokens of a text; default: %(default)s")
     parser.add_argument("--depths", nargs="+", type=positive, default=[12, 24, 48, 96], help="default: 12 24 48 96")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="default: %(default)s")
-    args = parser.parse_args()
-    batch = resized({n: t.to("meta") for n, t in sample(args.size, args.length).items()}, args.batch_size)
+    args = parser.parsed()
+    batch = resized(sample(args.size, args.length), args.batch_size, "meta")
     found: dict[str, dict[int, int]] = {}
     figure = Figure(figsize=(6, 3.4), layout="constrained")
     axes = figure.subplots()
@@ -52,11 +46,9 @@ def main() -> None:
     axes.set_title(f"{args.size}, batch {args.batch_size}, bf16: activation memory of a training step", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    args.out.mkdir(parents=True, exist_ok=True)
     about = {"benchmark": "depth", "size": args.size, "batch_size": args.batch_size, **software()}
-    whole = json.dumps({**about, "activation_bytes": found}, indent=1) + "\n"
-    save(args.out / "depth.json", lambda path: path.write_text(whole))
-    save(args.out / "depth.png", lambda path: figure.savefig(path, format="png", dpi=130))
+    write_json(args.out / "depth.json", {**about, "activation_bytes": found})
+    write_figure(args.out / "depth.png", figure, dpi=130)
 
 
 if __name__ == "__main__":

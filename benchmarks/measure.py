@@ -1,37 +1,37 @@
-"""Cases that run in child processes, which report to their parent.
+"""Run cases in child processes, which report to their parent.
 
-A process of its own gives every case the same start: no memory that another case left behind, and an error, or the
-kernel killing it for want of memory, ends that case alone.
+In a process of its own every case has the same start: no other case has left memory allocated. And if a case fails, or the
+kernel kills it because memory runs out, only that case ends.
 """
 
-import argparse
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
-from hf_pareprop.tools.records import save
 from hf_pareprop.tools.timing import OUT_OF_MEMORY
 
 Job = dict[str, Any]
 
 EVENT = "benchmark-event "
-
-
 ROOT = Path(__file__).parent.parent
 
 
 def run_child(
     module: str, job: Mapping[str, Any], environment: Mapping[str, str] | None = None
 ) -> tuple[list[dict[str, Any]], str | None]:
-    """Run ``python -m module --child JOB`` and return the events that it emitted, and its error if it did not end well."""
+    """Run ``python -m module --child JOB``. Returns the events that it emitted, and its error if it failed.
+
+    If this process is ended, so is the child. It would slow down whatever is measured next.
+    """
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        # An exception makes subprocess.run() end the child.
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     process = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", module, "--child", json.dumps(job)],
         capture_output=True,
@@ -49,66 +49,19 @@ def run_child(
 def _how_it_ended(returncode: int, stderr: str) -> str | None:
     if returncode == 0:
         return None
-    if returncode == -signal.SIGKILL:  # what the kernel does to the process that takes the last memory
+    if returncode == -signal.SIGKILL:  # the kernel kills a process like this when memory runs out
         return OUT_OF_MEMORY
     if returncode < 0:
         return f"ended by {signal.Signals(-returncode).name}"
     return (stderr.strip().splitlines() or [f"exit status {returncode}"])[-1]
 
 
-def add_study_options(parser: argparse.ArgumentParser, out: Path) -> None:
-    """What every study can be told; ``out`` is where its results lie."""
-    parser.add_argument("--seeds", type=int, default=3, help="how many, counted up from 42")
-    parser.add_argument("--jobs", type=int, default=2, help="cases at a time, one thread each")
-    parser.add_argument("--out", type=Path, default=out, help="directory of the results")
-    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
-
-
-def study(
-    path: Path,
-    jobs: Iterable[Job],
-    key: Callable[[Job], str],
-    run: Callable[[Job], Job],
-    say: Callable[[Job, int, int], str],
-    about: Mapping[str, Any],
-    workers: int,
-) -> list[Job]:
-    """Run the jobs whose results the JSON file ``path`` does not hold, some at a time, and write it after each.
-
-    Args:
-        key: tells a job, or its result, from the others.
-        run: a job with what it found.
-        say: of a result, how many are done and how many were to do: a line to print.
-        about: what the file says besides the results.
-
-    Returns:
-        All results that the file holds.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    results: list[Job] = json.loads(path.read_text())["results"] if path.exists() else []
-    done, lock = {key(result) for result in results}, Lock()
-    todo = [job for job in jobs if key(job) not in done]
-
-    def work(job: Job) -> None:
-        result = run(job)
-        with lock:
-            results.append(result)
-            whole = json.dumps({**about, "results": results}, indent=1) + "\n"
-            save(path, lambda file: file.write_text(whole))
-            print(say(result, len(results), len(todo)), flush=True)
-
-    with ThreadPoolExecutor(workers) as pool:
-        for _ in pool.map(work, todo):
-            pass
-    return results
-
-
 def emit(**event: Any) -> None:
-    """Report an event to the parent, from a child; at once, so that it outlives the child."""
+    """Report an event from a child to its parent, without a buffer, so that it is not lost if the child is killed."""
     print(EVENT + json.dumps(event), flush=True)
 
 
 def be_killed_first() -> None:
-    """Have the kernel, when memory runs out, kill this process rather than its parent or a stranger."""
+    """Ask the kernel to kill this process first when memory runs out, and not its parent or another process."""
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")

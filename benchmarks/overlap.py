@@ -1,28 +1,26 @@
-"""How much of the rebuilding PaReprop hides under the gradient computation, and a picture of the two lanes.
+"""Measure how much of the rebuilding PaReprop hides behind the gradient computation, and draw the two lanes.
 
     python -m benchmarks.overlap [--device cuda] [--size vit-b] [--depth 12] [--batch-size 4] [--autocast bf16]
 
-Traces one backward pass with each of the engines that rebuild, and times steps beside plain training and gradient
-checkpointing, untraced.
+It traces one backward pass with each engine that rebuilds. Without tracing, it times steps of these engines, of plain
+training and of gradient checkpointing.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_pareprop.lanes import side_lane
+from hf_pareprop.lanes import cores, side_lane
 from hf_pareprop.plan import CONVERTED_BETA
 from hf_pareprop.tools.compare import Comparison, Row
 from hf_pareprop.tools.contenders import CHECKPOINTING, STOCK, Contender, reversible_contenders
-from hf_pareprop.tools.records import aligned, cores, device_name, ratio, save, slug, software
+from hf_pareprop.tools.records import aligned, device_name, number, ratio, slug, software
 
-from .options import choose_device, file_name, positive
+from .options import Parser, file_name, positive, write_figure, write_json
 from .sizes import SIZES, sample, subject
 from .tracing import GRADIENTS, REBUILD, Span, busy, hidden_share, host_synchronisations, length, spans_of, traced
 
@@ -34,7 +32,7 @@ STEPS_SHOWN = 8
 
 
 def trace_of(comparison: Comparison, contender: Contender, size: int, device: torch.device) -> dict[str, Any]:
-    """What one step's trace says of an engine that rebuilds."""
+    """The results from the trace of one step with an engine that rebuilds."""
     step = comparison.step(contender, size)
     step()
     events = traced(step, device)
@@ -49,18 +47,20 @@ def trace_of(comparison: Comparison, contender: Contender, size: int, device: to
 
 
 def table(rows: Sequence[Row], traces: dict[str, dict[str, Any]]) -> str:
-    """A line per contender; what is about rebuilding, for those that rebuild."""
+    """A table with a line per contender. Columns about rebuilding are filled only for engines that rebuild."""
     lines = [["contender", "samples/s", "to plain", "to reprop", "rebuilding ms", "gradients ms", "hidden"]]
-    rates = {row.contender.partition(",")[0]: row.samples_per_second for row in rows}
+    plain, reprop = (
+        next(row.samples_per_second for row in rows if row.contender.engine == engine) for engine in (None, "reprop")
+    )
     for row in rows:
-        found = traces.get(row.contender)
+        found = traces.get(row.contender.name)
         seen = [f"{found['rebuild_ms']:.1f}", f"{found['gradients_ms']:.1f}"] if found else ["-", "-"]
-        relative = (ratio(row.samples_per_second, rates[name]) for name in (STOCK.name, "reprop"))
+        relative = (ratio(row.samples_per_second, rate) for rate in (plain, reprop))
         lines.append(
             [
-                row.contender,
+                row.contender.name,
                 row.error or f"{row.samples_per_second:.2f}",
-                *("-" if value is None else f"{value:.2f}" for value in relative),
+                *(number(value, ".2f") for value in relative),
                 *seen,
                 f"{100 * found['hidden_share']:.0f} %" if found else "-",
             ]
@@ -69,7 +69,7 @@ def table(rows: Sequence[Row], traces: dict[str, dict[str, Any]]) -> str:
 
 
 def timeline(traces: dict[str, dict[str, Any]], title: str) -> "Figure":
-    """The lanes of each engine over the same stretch of time: the backward pass of the first steps."""
+    """Draw the lanes of each engine over the same period: the first steps of the backward pass."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
@@ -84,7 +84,7 @@ def timeline(traces: dict[str, dict[str, Any]], title: str) -> "Figure":
             begin, duration = (span.start - own[0].start) / 1e3, (span.end - span.start) / 1e3
             row, colour = lanes.index(span.lane), COLOURS[span.kind]
             axes.barh(row, duration, left=begin, height=0.8, color=colour, edgecolor="white", linewidth=0.3)
-            if span.lane.startswith("thread"):  # one bar a step; kernels are too many and too short
+            if span.lane.startswith("thread"):  # not on kernels: they are too many and too short
                 axes.text(
                     begin + duration / 2, row, f"-{span.step + 1}", ha="center", va="center", fontsize=7, color="w"
                 )
@@ -101,28 +101,22 @@ def timeline(traces: dict[str, dict[str, Any]], title: str) -> "Figure":
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if present")
+    parser = Parser(__doc__, device=True)
     parser.add_argument("--size", choices=list(SIZES), default="vit-s", help="default: vit-s")
-    parser.add_argument("--depth", type=positive, default=12, help="layers; default: 12")
+    parser.add_argument("--depth", type=positive, default=12, help="number of layers; default: 12")
     parser.add_argument("--batch-size", type=positive, default=1, help="default: 1")
     parser.add_argument("--length", type=positive, default=128, help="tokens of a text; default: 128")
     beta = f"coupling, 1 or 2^-m; default: {CONVERTED_BETA:g}, that of converted models"
     parser.add_argument("--beta", type=float, default=CONVERTED_BETA, help=beta)
     parser.add_argument("--autocast", choices=("none", "bf16"), default="none", help="default: none")
-    parser.add_argument("--rounds", type=positive, default=10, help="samples of each time; default: 10")
+    parser.add_argument("--rounds", type=positive, default=10, help="timed steps of each engine; default: 10")
     parser.add_argument(
-        "--threads", type=positive, help="PyTorch's on a CPU; default: half the cores, so that it overlaps"
+        "--threads",
+        type=positive,
+        help="PyTorch's threads on a CPU; default: half the cores, so that rebuilding overlaps",
     )
-    results = Path(__file__).parent / "results"
-    parser.add_argument("--out", type=Path, default=results, help="directory of the results; default: %(default)s")
     parser.add_argument("--name", type=file_name, help="name of the results; default: overlap- and the device's name")
-    args = parser.parse_args(arguments)
-    try:
-        choose_device(args)
-    except ValueError as error:
-        parser.error(str(error))
-    return args
+    return parser.parsed(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -147,9 +141,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     data = {"benchmark": "overlap", "title": title, "arguments": {k: str(v) for k, v in vars(args).items()}}
     data |= {"device_name": device_name(device), "cores": cores(), **software()}
     data |= {"rows": [row.as_dict() for row in rows], "traces": traces}
-    args.out.mkdir(parents=True, exist_ok=True)
-    save(args.out / f"{name}.json", lambda path: path.write_text(json.dumps(data) + "\n"))
-    save(args.out / f"{name}.png", lambda path: timeline(traces, title).savefig(path, format="png", dpi=120))
+    write_json(args.out / f"{name}.json", data, indent=None)
+    write_figure(args.out / f"{name}.png", timeline(traces, title), dpi=120)
     print(f"written: {name}.json and {name}.png in {args.out}")
     return int(any(row.error for row in rows))
 

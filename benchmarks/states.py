@@ -1,20 +1,17 @@
-"""What fixed-point states cost: one update of a state and its undoing, decoding a state, and the check of a rebuilt one.
+"""Measure what fixed-point states cost: updating a state, undoing that, decoding a state, and checking a rebuilt state.
 
     python -m benchmarks.states [--device cuda] [--threads 1 2]
 
-Times them as every step of a reversible layer does them, in milliseconds and as multiples of a copy of a state into
-memory that is there already, where their results go to new memory. An update at beta = 2^-m keeps m bits of every element,
-packed into bytes; undoing it reads them. By PyTorch's operations both take several passes over memory; ``fused``, as the package does it on CUDA,
-each is one kernel. A layer checks that it rebuilt the state that it began on with a checksum, taken in the forward pass
-and in the backward pass.
+Every operation is timed as a step of a reversible layer runs it: in milliseconds, and as a multiple of the time to copy a
+state into existing memory. The results of the operations go to new memory. An update at beta = 2^-m keeps m bits of every
+element, packed into bytes, and undoing it reads them. PyTorch's operations take several passes over memory for each.
+``fused`` means one kernel each, which is what the package uses on CUDA. A layer checks by a checksum, computed in the forward
+pass and in the backward pass, that it has rebuilt the state with which it began.
 """
 
-import argparse
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,10 +27,10 @@ from hf_pareprop.coupling import (
     runs_fused,
 )
 from hf_pareprop.plan import DEFAULT_GRID_BITS, plan_layers
-from hf_pareprop.tools.records import aligned, cpu_model, save, software
+from hf_pareprop.tools.records import aligned, device_name, software
 from hf_pareprop.tools.timing import milliseconds
 
-from .options import choose_device, positive
+from .options import Parser, positive, write_figure, write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,7 +39,7 @@ SIZES = {"8 x 128 x 384": (8, 128, 384), "32 x 512 x 768": (32, 512, 768)}
 """Batch, length and width."""
 
 SIDE_BITS = (0, 1, 2, 5)
-"""``m``; 5 is that of the default of converted models."""
+"""The values of ``m``. Converted models have 5 by default."""
 
 COPY = "copy of a state"
 
@@ -51,14 +48,14 @@ Row = dict[str, Any]
 
 
 def works_on(shape: tuple[int, ...], device: torch.device) -> dict[str, Work]:
-    """What is timed, by name.
+    """The operations to time, by name.
 
     Raises:
-        RuntimeError: undoing an update does not give back the state.
+        RuntimeError: undoing an update does not return the original state.
     """
     torch.manual_seed(0)
     value = torch.randn(shape, device=device)
-    state, _ = encode(torch.randn(shape, device=device), DEFAULT_GRID_BITS)
+    state, peak = encode(torch.randn(shape, device=device), DEFAULT_GRID_BITS)
     works: dict[str, Work] = {
         COPY: partial(torch.empty_like(state).copy_, state),
         "decode": partial(decode, state, DEFAULT_GRID_BITS, torch.float32),
@@ -70,8 +67,8 @@ def works_on(shape: tuple[int, ...], device: torch.device) -> dict[str, Work]:
         if runs_fused(value, state, plan):
             ways[", fused"] = (advance, retreat)
         for name, (update, undo) in ways.items():
-            following, sides, _ = update(value, state, plan, keep=True)
-            works[f"update, m = {m}{name}"] = partial(update, value, state, plan, keep=True)
+            following, sides, _ = update(value, state, plan, peak, keep=True)
+            works[f"update, m = {m}{name}"] = partial(update, value, state, plan, peak, keep=True)
             works[f"undoing, m = {m}{name}"] = again = partial(undo, value, following, plan, sides)
             if not torch.equal(again(), state):
                 raise RuntimeError(f"undoing an update, m = {m}{name}, gives another state.")
@@ -79,9 +76,9 @@ def works_on(shape: tuple[int, ...], device: torch.device) -> dict[str, Work]:
 
 
 def measure(works: dict[str, Work], device: torch.device, repeats: int) -> list[Row]:
-    """Every sample, in rounds over all works."""
+    """All samples of every operation, measured in rounds over all operations."""
     samples: dict[str, list[float]] = {name: [] for name in works}
-    for round_ in range(-1, repeats):  # the first one warms up
+    for round_ in range(-1, repeats):  # the first round warms up
         for name, work in works.items():
             ms = milliseconds(work, device)
             if round_ >= 0:
@@ -91,7 +88,7 @@ def measure(works: dict[str, Work], device: torch.device, repeats: int) -> list[
 
 
 def by_column(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
-    """From the size, and the threads of a CPU, to rows by what was timed."""
+    """The rows by column (the size, and on a CPU the number of threads), and then by operation."""
     columns: dict[str, dict[str, Row]] = {}
     for row in rows:
         threads = row["threads"] and f", {row['threads']} thread{'s' if row['threads'] > 1 else ''}"
@@ -100,7 +97,7 @@ def by_column(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A line for everything that was timed, a column per size."""
+    """A table with a line for each operation and a column for each size."""
     columns = by_column(rows)
     lines = [["ms (copies)", *columns]]
     for name in next(iter(columns.values())):
@@ -110,7 +107,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def plot(rows: Sequence[Row], title: str) -> "Figure":
-    """Multiples of a copy, a group of bars for everything that was timed."""
+    """Draw the times as multiples of a copy, with a group of bars for each operation."""
     from matplotlib.figure import Figure
 
     columns = by_column(rows)
@@ -130,32 +127,27 @@ def plot(rows: Sequence[Row], title: str) -> "Figure":
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if present")
-    parser.add_argument("--threads", nargs="+", type=positive, help="PyTorch's on a CPU, one or more numbers of them")
-    parser.add_argument("--repeats", type=positive, default=21, help="samples of each time; default: %(default)s")
-    results = Path(__file__).parent / "results"
-    parser.add_argument("--out", type=Path, default=results, help="directory of the results; default: %(default)s")
-    args = parser.parse_args()
-    try:
-        choose_device(args)
-    except ValueError as error:
-        parser.error(str(error))
+    parser = Parser(__doc__, device=True)
+    parser.add_argument(
+        "--threads", nargs="+", type=positive, help="numbers of PyTorch's threads on a CPU, one or more"
+    )
+    parser.add_argument(
+        "--repeats", type=positive, default=21, help="timed runs of each operation; default: %(default)s"
+    )
+    args = parser.parsed()
     device = torch.device(args.device)
-    cuda = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if cuda else cpu_model()
+    name = device_name(device, threads=False)
     rows: list[Row] = []
-    for threads in [None] if cuda else args.threads or [torch.get_num_threads()]:
+    for threads in [None] if device.type == "cuda" else args.threads or [torch.get_num_threads()]:
         if threads is not None:
             torch.set_num_threads(threads)
         for label, shape in SIZES.items():
             found = measure(works_on(shape, device), device, args.repeats)
             rows += [{"size": label, "threads": threads, **row} for row in found]
     print(f"{name}\n\n{table(rows)}")
-    args.out.mkdir(parents=True, exist_ok=True)
-    whole = json.dumps({"benchmark": "states", "device": name, **software(), "times": rows}, indent=1) + "\n"
-    save(args.out / f"states-{args.device}.json", lambda file: file.write_text(whole))
-    save(args.out / f"states-{args.device}.png", lambda file: plot(rows, name).savefig(file, dpi=110, format="png"))
+    found = {"benchmark": "states", "device": name, **software(), "times": rows}
+    write_json(args.out / f"states-{args.device}.json", found)
+    write_figure(args.out / f"states-{args.device}.png", plot(rows, name))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""What a profiler's trace of a backward pass says: when steps were rebuilt, and when gradients were computed.
+"""Read a profiler's trace of a backward pass: when steps were rebuilt, and when gradients were computed.
 
-On a CPU these are times of threads. On CUDA they are times of kernels, which a launch in a rebuild's or a gradient
-computation's range has set off, whenever they run.
+On a CPU these are times of threads. On CUDA they are times of kernels. A kernel belongs to the rebuild or the gradient
+computation in which it was launched, even if it runs later.
 """
 
 import json
-import os
 import re
 import tempfile
 from bisect import bisect_right
@@ -18,9 +17,10 @@ from typing import Any
 
 import torch
 from torch._C._profiler import _ExperimentalConfig
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, record_function
 
 from hf_pareprop.observer import Observer, observing
+from hf_pareprop.tools.memory import profiling
 
 REBUILD, GRADIENTS = "pareprop: rebuild", "pareprop: gradients"
 
@@ -34,9 +34,10 @@ BLOCKS_THE_HOST = re.compile(r"^cu(da)?\w*Synchronize|^cu(da)?Memcpy(?!\w*Async)
 
 @dataclass(frozen=True)
 class Span:
-    """Work on a step: ``kind`` is :data:`REBUILD` or :data:`GRADIENTS`, times are in microseconds of the trace.
+    """Work on a step.
 
-    ``lane`` is the thread or the stream, ``step`` counts from 0, the last one of the model, which comes first.
+    ``kind`` is :data:`REBUILD` or :data:`GRADIENTS`. Times are in microseconds of the trace. ``lane`` is the thread or the
+    stream. ``step`` counts from 0 in the order of the backward pass, so 0 is the last step of the model.
     """
 
     kind: str
@@ -47,7 +48,7 @@ class Span:
 
 
 class Annotating(Observer):
-    """Puts a range around every rebuild and every gradient computation, for the profiler to record."""
+    """Marks every rebuild and every gradient computation with a range that the profiler records."""
 
     def rebuilding(self, position: int, step: int) -> AbstractContextManager[Any]:
         return record_function(REBUILD)
@@ -56,18 +57,21 @@ class Annotating(Observer):
         return record_function(GRADIENTS)
 
 
-def traced(step: Callable[[], Any], device: torch.device) -> list[Event]:
+def traced(step: Callable[[], Any], device: torch.device, tensors: bool = False) -> list[Event]:
     """The trace of ``step``, in Chrome's format.
 
     Args:
-        step: trains a reversible model: a forward pass and its backward pass. Where it is the backward pass alone, its
-            forward pass has to have run ``with observing(Annotating())``.
+        step: a function that runs a forward pass and its backward pass of a reversible model. If it runs the backward pass
+            alone, the forward pass must have run ``with observing(Annotating())``.
+        tensors: whether to record the shapes of tensors and the allocations, which works for the calling thread alone.
     """
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it announces its start and stop
-    # Or the profiler sees the calling thread alone.
-    everywhere = _ExperimentalConfig(profile_all_threads=True)
-    with observing(Annotating()), profile(activities=activities, experimental_config=everywhere) as profiler:
+    # Without this the profiler sees only the calling thread; with it, it sees no allocations.
+    everywhere = None if tensors else _ExperimentalConfig(profile_all_threads=True)
+    recorded = profiling(
+        activities=activities, record_shapes=tensors, profile_memory=tensors, experimental_config=everywhere
+    )
+    with observing(Annotating()), recorded as profiler:
         step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -78,7 +82,7 @@ def traced(step: Callable[[], Any], device: torch.device) -> list[Event]:
 
 
 def spans_of(events: Sequence[Event]) -> list[Span]:
-    """What ran for each rebuild and each gradient computation: kernels if there are any, else the ranges themselves."""
+    """The spans of each rebuild and each gradient computation: its kernels if there are any, otherwise the range itself."""
     ranges = _ranges(events)
     kernels = [event for event in events if event.get("cat") in ON_DEVICE]
     if not kernels:
@@ -98,7 +102,7 @@ def spans_of(events: Sequence[Event]) -> list[Span]:
 
 
 def _ranges(events: Sequence[Event]) -> list[Span]:
-    """By start. Both kinds go through the steps in the same order, so counting tells the step."""
+    """The ranges, sorted by start. Both kinds go through the steps in the same order, so the step follows by counting."""
     found = []
     for kind in (REBUILD, GRADIENTS):
         own = [e for e in events if e.get("cat") == "user_annotation" and e["name"] == kind]
@@ -112,13 +116,13 @@ def _thread(event: Event) -> str:
 
 
 def _around(spans: Sequence[Span], moment: float) -> Span | None:
-    """The span of one thread, whose spans follow each other, that ``moment`` is in."""
+    """The span that contains ``moment``, among the spans of one thread, which do not overlap."""
     index = bisect_right(spans, moment, key=lambda span: span.start) - 1
     return spans[index] if index >= 0 and moment <= spans[index].end else None
 
 
 def busy(spans: Sequence[Span], kind: str) -> list[Interval]:
-    """When any work of ``kind`` was under way: intervals that are apart, in order."""
+    """The intervals in which any work of ``kind`` ran. They are disjoint and in order."""
     merged: list[Interval] = []
     for start, end in sorted((span.start, span.end) for span in spans if span.kind == kind):
         if merged and start <= merged[-1][1]:
@@ -133,7 +137,7 @@ def length(intervals: Sequence[Interval]) -> float:
 
 
 def hidden_share(spans: Sequence[Span]) -> float:
-    """The share of the time spent on rebuilding during which gradients were computed, too: 0 for serial reprop.
+    """The fraction of the rebuilding time in which gradients were computed as well. It is 0 for serial reprop.
 
     Raises:
         ValueError: nothing was rebuilt.
@@ -146,7 +150,7 @@ def hidden_share(spans: Sequence[Span]) -> float:
 
 
 def host_synchronisations(events: Sequence[Event]) -> list[str]:
-    """Calls between the launches of the first and the last kernel of the rebuilding that made the host wait."""
+    """The calls that made the host wait, between the launches of the first and the last kernel of the rebuilding."""
     ranges = _ranges(events)
     if not ranges:
         return []

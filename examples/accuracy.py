@@ -1,4 +1,4 @@
-"""Accuracy as a local metric script: `evaluate.load(path_of_this_file)` needs no hub."""
+"""Accuracy as a local metric script. `evaluate.load(path_of_this_file)` loads it without the Hub."""
 
 import datasets
 import evaluate
@@ -6,7 +6,7 @@ from sklearn.metrics import accuracy_score
 
 
 class Accuracy(evaluate.Metric):
-    """The share of predictions that equal their references."""
+    """The fraction of predictions that are equal to their references."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(

@@ -1,10 +1,11 @@
-"""Bring a converted model back to what its original computes, by distilling it from that original on unlabelled text.
+"""Train a converted model to compute what its original computes, by distilling it from the original on unlabelled text.
 
     python examples/adapt.py --model_name_or_path STOCK --train_file texts.txt --beta 0.5 --output_dir runs/adapted
 
-The larger `beta`, the more a conversion changes what the model computes. Some hundred steps of self-distillation undo most
-of that before any task is learnt. Labels are not needed; the result is an ordinary reversible checkpoint. At 1/32, the
-default of a conversion, there is next to nothing to undo, and this does more harm than good: so `--beta` has no default here.
+The larger `beta` is, the more a conversion changes what the model computes. A few hundred steps of self-distillation undo
+most of that change before the model learns any task. No labels are needed, and the result is an ordinary reversible
+checkpoint. At 1/32, the default of a conversion, there is almost nothing to undo, and the distillation does more harm than
+good. So `--beta` has no default here.
 """
 
 import logging
@@ -52,7 +53,7 @@ class AdaptArguments:
 
 
 def distance(found: Tensor, wanted: Tensor) -> Tensor:
-    """Squared distance of token states `(tokens, width)`, relative to the variance of the wanted ones."""
+    """The squared distance between token states `(tokens, width)`, relative to the variance of the wanted states."""
     return (found - wanted).square().mean() / wanted.var()
 
 
@@ -67,10 +68,10 @@ def adapt(
     learning_rate: float = 2e-4,
     max_length: int = 64,
 ) -> list[float]:
-    """Train `model` to compute the last hidden states of `stock`; returns the loss of every step.
+    """Train `model` to compute the last hidden states of `stock`. Returns the loss of every step.
 
-    Both are base models on one device. The original runs in evaluation mode, the converted one with its dropout off: the
-    target is a function, not a sample.
+    Both are base models on one device. The original runs in evaluation mode, and the converted model without dropout, so that
+    the states can be equal.
 
     Raises:
         ValueError: there are fewer texts than a batch holds.

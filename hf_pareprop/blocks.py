@@ -1,7 +1,7 @@
-"""What layers of all families are made of, and the loop that runs them."""
+"""The parts that layers of all families share, and the loop that runs the layers."""
 
 # mypy: disable-error-code="override,arg-type,union-attr,operator,assignment"
-# Stock configurations type as optional what is always set, and module attributes as Tensor | Module.
+# The types of stock configurations say "optional" where a field is always set; module attributes are Tensor | Module.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,9 +12,9 @@ from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .layer_call import named_parameters_of
 from .modeling_reversible import HiddenState, requested
 from .tape import Tape
+from .torch_private import own_parameters, views_of_flat_parameter
 
 Attend = Callable[..., tuple[Tensor, Tensor | None]]
 """An attention function of transformers."""
@@ -30,7 +30,7 @@ def activation(name_or_module: Any) -> nn.Module:
 
 
 class PatchEmbeddings(nn.Module):
-    """Images `(batch, channels, height, width)` to patch embeddings `(batch, patches, width)`."""
+    """Maps images `(batch, channels, height, width)` to patch embeddings `(batch, patches, width)`."""
 
     def __init__(self, config: Any, width: int):
         super().__init__()
@@ -44,10 +44,10 @@ class PatchEmbeddings(nn.Module):
 
 
 def attention_mask_for(config: Any, embeddings: Tensor, attention_mask: Tensor | None) -> Tensor | None:
-    """The mask that attention layers take, of a padding mask; `None` where nothing is masked.
+    """The mask for attention layers, made from a padding mask; `None` if nothing is masked.
 
-    Without a padding mask transformers says `None` itself, but 5.17 not in the capture of a CUDA graph: with the mask that it
-    makes there, PyTorch chooses another attention kernel than in the same step outside of a graph.
+    Without a padding mask, transformers returns `None` by itself, except 5.17 in the capture of a CUDA graph. With the mask
+    that it makes there, PyTorch would choose another attention kernel than in the same step outside of a graph.
     """
     if attention_mask is None and config._attn_implementation in ("eager", "sdpa"):
         return None
@@ -57,7 +57,7 @@ def attention_mask_for(config: Any, embeddings: Tensor, attention_mask: Tensor |
 def refuse_decoder_inputs(inputs: Mapping[str, Any]) -> None:
     """
     Raises:
-        ValueError: there is one that only a decoder can use.
+        ValueError: an input is given that only a decoder can use.
     """
     for name in ("past_key_values", "encoder_hidden_states", "encoder_attention_mask"):
         if inputs.get(name) is not None:
@@ -69,7 +69,7 @@ def refuse_decoder_inputs(inputs: Mapping[str, Any]) -> None:
 def check_channels(pixel_values: Tensor, channels: int) -> None:
     """
     Raises:
-        ValueError: they are no images, or have another number of channels.
+        ValueError: `pixel_values` are not images, or have another number of channels.
     """
     if pixel_values.dim() != 4:
         raise ValueError(
@@ -80,7 +80,7 @@ def check_channels(pixel_values: Tensor, channels: int) -> None:
 
 
 def masked(embeddings: Tensor, mask: Tensor, mask_token: Tensor | None) -> Tensor:
-    """Patch embeddings `(batch, patches, width)` with the mask token where `mask`, `(batch, patches)`, is 1.
+    """Replace patch embeddings `(batch, patches, width)` by the mask token where `mask`, `(batch, patches)`, is 1.
 
     Raises:
         ValueError: the model has no mask token.
@@ -93,14 +93,14 @@ def masked(embeddings: Tensor, mask: Tensor, mask_token: Tensor | None) -> Tenso
 
 
 def resized_positions(positions: Tensor, grid: Sequence[int], size: Sequence[int]) -> Tensor:
-    """Position embeddings `(1, patches, width)` of a grid of patches for one of another size, by bicubic interpolation."""
+    """Resize position embeddings `(1, patches, width)` to a grid of patches of another size, by bicubic interpolation."""
     planes = positions.reshape(1, *grid, -1).permute(0, 3, 1, 2)
     planes = nn.functional.interpolate(planes, size=tuple(size), mode="bicubic", align_corners=False)
     return planes.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def map_of(hidden_states: Tensor, grid: Sequence[int]) -> Tensor:
-    """Hidden states `(batch, patches, width)` of a grid as `(batch, width, rows, columns)`."""
+    """Reshape hidden states `(batch, patches, width)` of a grid to a feature map `(batch, width, rows, columns)`."""
     return hidden_states.unflatten(1, tuple(grid)).permute(0, 3, 1, 2)
 
 
@@ -120,10 +120,12 @@ class SelfAttention(nn.Module):
     """Multi-head self-attention through the attention interface of transformers.
 
     Args:
-        width: of the states; a multiple of `heads`.
+        config: the configuration of the model.
+        width: the width of the states, a multiple of `heads`.
+        heads: the number of attention heads.
 
     Raises:
-        ValueError: it is not.
+        ValueError: `width` is not a multiple of `heads`.
     """
 
     softmax_in_fp32 = True
@@ -143,7 +145,10 @@ class SelfAttention(nn.Module):
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
 
     def attention_function(self) -> Attend:
-        """That of the configuration now; a layer hands it to its steps, so that a rebuild uses that of the forward pass."""
+        """The attention function that the configuration names now.
+
+        A layer passes it to its steps, so that a rebuild uses the function of the forward pass.
+        """
         return ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
 
     def forward(
@@ -164,7 +169,7 @@ class SelfAttention(nn.Module):
 
 
 class Dense(nn.Module):
-    """A linear layer and what follows it, under the name that checkpoints give it."""
+    """A linear layer, called `dense` as in checkpoints, and the module that follows it."""
 
     def __init__(self, in_features: int, out_features: int, then: nn.Module):
         super().__init__()
@@ -176,33 +181,62 @@ class Dense(nn.Module):
 
 
 def apply_norm(module: nn.Module | None, parameters: Sequence[Tensor], state: Tensor) -> Tensor:
-    """`module`, with `parameters` for its own, applied to `state`; before the first layer there is none."""
+    """Apply the norm `module` to `state`, with `parameters` in place of its own. Before the first layer there is no norm."""
     if module is None:
         return state
-    if torch.jit.is_tracing():  # which functional_call refuses
+    if torch.jit.is_tracing():  # functional_call does not work there
         return module(state)
-    names = named_parameters_of(module)
-    if len(names) != len(parameters):
-        raise RuntimeError(
-            f"the LayerNorm that ends a layer had {len(parameters)} parameters in its layer and has {len(names)} in the "
-            "next one, which applies it: FSDP1 and ZeRO-3 take parameters away where a layer ends. Use FSDP2 or ZeRO-2."
-        )
-    return functional_call(module, dict(zip(names, parameters, strict=True)), (state,))
+    return functional_call(module, dict(zip(_parameter_names(module), parameters, strict=True)), (state,))
+
+
+def _parameter_names(module: nn.Module, prefix: str = "") -> list[str]:
+    """The names of a module's parameters.
+
+    The module's identity is not used, so that code compiled for one module serves all modules like it.
+    """
+    own = {**own_parameters(module), **views_of_flat_parameter(module)}  # FSDP1 may have one under both
+    here = [prefix + name for name, parameter in own.items() if parameter is not None]
+    inner = (_parameter_names(inside, f"{prefix}{name}.") for name, inside in module._modules.items() if inside)
+    return [*here, *(name for names in inner for name in names)]
 
 
 class DropPath(nn.Module):
-    """Drops whole samples of a branch at the rate `drop_prob` in training, and scales up the others (Huang et al. 2016)."""
+    """In training, drops whole samples of a branch at the rate `drop_prob` and scales up the others (Huang et al. 2016).
+
+    Compiled code reads the rate from a tensor, so that layers with different rates share the code.
+    """
 
     def __init__(self, drop_prob: float):
         super().__init__()
         self.drop_prob = drop_prob
 
+    @property
+    def drop_prob(self) -> float:
+        return self._drop_prob
+
+    @drop_prob.setter
+    def drop_prob(self, drop_prob: float) -> None:
+        self._drop_prob, self._drops = drop_prob, drop_prob > 0
+        self._keep = torch.tensor(1 - drop_prob, device="cpu")
+
     def forward(self, branch: Tensor) -> Tensor:
-        if self.drop_prob == 0.0 or not self.training:
+        if not (self._drops and self.training):
             return branch
-        keep = 1 - self.drop_prob
         shape = (branch.shape[0],) + (1,) * (branch.dim() - 1)
+        if torch.compiler.is_compiling():
+            kept = torch.rand(shape, device=branch.device) < self._keep
+            return branch * (kept / self._keep).to(branch.dtype)
+        return self.drop(branch, shape, 1 - self._drop_prob)
+
+    def drop(self, branch: Tensor, shape: tuple[int, ...], keep: float) -> Tensor:
+        """Draw and scale as transformers does."""
         return branch.div(keep) * torch.rand(shape, dtype=branch.dtype, device=branch.device).add(keep).floor()
+
+
+class TimmDropPath(DropPath):
+    def drop(self, branch: Tensor, shape: tuple[int, ...], keep: float) -> Tensor:
+        """Draw and scale as timm does."""
+        return branch * branch.new_empty(shape).bernoulli_(keep).div_(keep)
 
 
 class Pooler(nn.Module):
@@ -218,21 +252,22 @@ class Pooler(nn.Module):
 
 
 class Layer(nn.Module):
-    """A layer of a reversible model: its `forward` describes its steps and hands them to the tape."""
+    """A layer of a reversible model. Its `forward` describes its steps and passes them to the tape."""
 
     gradient_checkpointing = False
-    """Set by transformers; a conventional layer honours it, a reversible one stores no activations in the first place."""
+    """Set by transformers. It affects conventional layers only, because reversible layers store no activations."""
 
     changes_shape = False
-    """Whether its output has another shape than its input, so that it cannot be reversible: see :mod:`transition`."""
+    """Whether the layer's output has another shape than its input. Then it cannot be reversible: see :mod:`transition`."""
 
 
 class Encoder(nn.Module):
     """Runs layers, in one or several stages, with a tape.
 
     Args:
-        make_layer: makes the next layer of an encoder that has them in `layer`, as text models and ViT do. A family with
-            stages overrides :meth:`stages`.
+        config: the configuration of the model.
+        make_layer: makes a layer. It is for encoders that have all layers in one list, `layer`, as text models and ViT do.
+            A family with stages overrides :meth:`stages` instead.
     """
 
     def __init__(self, config: Any, make_layer: Callable[[Any], nn.Module] | None = None):
@@ -247,15 +282,16 @@ class Encoder(nn.Module):
         return [self.layer]
 
     def finish(self, hidden_states: Tensor, tape: Tape) -> Tensor:
-        """What the stock encoder would return here, from the hidden state that a layer returned."""
+        """Turn the hidden state that a layer returned into the one that the stock encoder would return."""
         return tape.finish(hidden_states)
 
     def forward(self, embeddings: Tensor, *inputs: Any, tape: Tape, **kwargs: Any) -> Tensor:
-        """From the embeddings to the last hidden state.
+        """Run all layers on the embeddings and return the last hidden state.
 
         Args:
+            embeddings: the first hidden states.
             inputs: what every layer reads besides the hidden state.
-            tape: of this forward pass.
+            tape: the tape of this forward pass.
         """
         reads_each_layer = requested("output_hidden_states", self.config, kwargs)
         layers = [layer for stage in self.stages() for layer in stage]

@@ -1,7 +1,7 @@
-"""Configuration of reversible MViTv2, and how it reads that of a timm checkpoint."""
+"""Configuration of reversible MViTv2. It can read the configuration of a timm checkpoint."""
 
 # mypy: disable-error-code="arg-type"
-# Fields that an architecture gives are optional where they are given, and always set afterwards.
+# Fields that an architecture sets are optional arguments, but are always set afterwards.
 import struct
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -25,10 +25,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "mvitv2_huge_cls": ((4, 8, 60, 8), 192, 3, True, True),
     }.items()
 }
-"""Those that timm has, by its names."""
+"""timm's architectures, by their names there."""
 
 KV_STRIDE = 4
-"""Of the pooling of keys and values in the first stage; each later stage halves it, down to 1."""
+"""Stride with which the first stage pools keys and values. Each later stage halves it, down to 1."""
 
 FROM_MODEL_ARGS = {
     "in_chans": "num_channels",
@@ -36,21 +36,21 @@ FROM_MODEL_ARGS = {
     "drop_rate": "hidden_dropout_prob",
     "drop_path_rate": "drop_path_rate",
 }
-"""Arguments of timm's models, and the fields that they become."""
+"""Maps arguments of timm's models to fields of this configuration."""
 
 TIMM_KEYS = {"num_classes", "num_features", "label_names", "label_descriptions", "global_pool", "model_args"}
 TIMM_KEYS |= {"pretrained_cfg", "do_pooling"}
-"""What its configuration files hold besides."""
+"""The other fields in timm's configuration files."""
 
 
 class BlockShape(NamedTuple):
-    """Of one block.
+    """The shape of one block.
 
     Attributes:
-        width_in, width, width_out: of the hidden state that it reads, of its attention, of what it returns.
-        heads: of its attention.
-        stride, kv_stride: by which it pools queries, and with them the hidden state; and keys and values.
-        side: rows, and columns, of patches that it reads.
+        width_in, width, width_out: widths of the hidden state that the block reads, of its attention, and of its output.
+        heads: the number of attention heads.
+        stride, kv_stride: the strides with which it pools queries and the hidden state, and keys and values.
+        side: the number of rows of patches that it reads, which is also the number of columns.
     """
 
     width_in: int
@@ -71,26 +71,27 @@ class RevMViTConfig(ReversibleConfig):
 
     Args:
         architecture (`str`, *optional*):
-            One of timm's: mvitv2_tiny, _small, _base, _large, _small_cls, _base_cls, _large_cls, _huge_cls. It gives the
-            next five fields where they are not given themselves; where they are and differ, it becomes `None`. Without
-            one they are those of mvitv2_base.
-        depths (`list[int]`): Blocks of every stage.
-        embed_dim (`int` or `list[int]`): Width of the first stage, which each later one doubles; or one per stage.
-        num_heads (`int` or `list[int]`): Attention heads, in the same way.
+            One of timm's: mvitv2_tiny, _small, _base, _large, _small_cls, _base_cls, _large_cls, _huge_cls. It sets those of
+            the next five fields that are not given. If one is given and differs, `architecture` becomes `None`. Without an
+            architecture the defaults are those of mvitv2_base.
+        depths (`list[int]`): The number of blocks of every stage.
+        embed_dim (`int` or `list[int]`): Width of the first stage, which each later one doubles; or one width per stage.
+        num_heads (`int` or `list[int]`): Attention heads of the first stage, which each later one doubles; or one per stage.
         expand_attn (`bool`):
-            Whether the attention of a stage's first block widens the hidden state, or the MLP of the last block before it.
-        use_cls_token (`bool`): Whether there is a CLS token, which the head reads instead of the mean over patches.
-        image_size (`int`, defaults to 224): Of square images; a multiple of `4 * 2**(stages - 1)`.
-        num_channels (`int`, defaults to 3): Of the images.
-        mlp_ratio (`float`, defaults to 4.0): Width of an MLP over that of its input.
-        qkv_bias (`bool`, defaults to `True`): Whether queries, keys and values have one.
-        drop_path_rate (`float`, defaults to 0.0): Of the last block; it grows linearly from 0 at the first one.
-        hidden_dropout_prob (`float`, defaults to 0.0): Before the classifier.
-        layer_norm_eps (`float`, defaults to 1e-6): Of every layer norm.
+            Which block widens the hidden state between stages: with `True` the attention of a stage's first block, with
+            `False` the MLP of the last block before it.
+        use_cls_token (`bool`): Whether there is a CLS token. The head then reads it instead of the mean over patches.
+        image_size (`int`, defaults to 224): Side of the square images in pixels, a multiple of `4 * 2**(stages - 1)`.
+        num_channels (`int`, defaults to 3): The number of channels of the images.
+        mlp_ratio (`float`, defaults to 4.0): Width of an MLP divided by the width of its input.
+        qkv_bias (`bool`, defaults to `True`): Whether the projections to queries, keys and values have a bias.
+        drop_path_rate (`float`, defaults to 0.0): Drop rate of the last block. It grows linearly from 0 at the first block.
+        hidden_dropout_prob (`float`, defaults to 0.0): Dropout rate before the classifier.
+        layer_norm_eps (`float`, defaults to 1e-6): Epsilon of every layer norm.
         initializer_range (`float`, defaults to 0.02): Standard deviation of new weights.
         timm_pretrained_cfg (`dict`, *optional*):
-            `pretrained_cfg` of the timm checkpoint that the weights came from: how its images were prepared, its licence.
-            Exporting gives it back.
+            `pretrained_cfg` of the timm checkpoint that the weights came from. It says how images were prepared, and the
+            licence. Exporting writes it again.
 
     Raises:
         ValueError: a field is out of range, or fields do not go together.
@@ -101,7 +102,6 @@ class RevMViTConfig(ReversibleConfig):
 
     model_type = "rev_mvit"
     stock_model_types: ClassVar[tuple[str, ...]] = ("timm_wrapper",)
-    _auto_class: ClassVar[str | None] = "AutoConfig"
 
     architecture: str | None = None
     depths: list[int] | tuple[int, ...] | None = None
@@ -168,7 +168,7 @@ class RevMViTConfig(ReversibleConfig):
             raise ValueError(f"mlp_ratio={self.mlp_ratio} leaves MLPs no width: 4 is usual.")
 
     def timm_name(self) -> str | None:
-        """The architecture of timm that has these depths, widths and heads, if there is one."""
+        """The name of timm's architecture with these depths, widths and heads, if there is one."""
         own = (self.stage_depths, self.stage_widths, self.stage_heads, self.expand_attn, self.use_cls_token)
         for name, (depths, width, heads, *flags) in ((name, f.values()) for name, f in ARCHITECTURES.items()):
             if own == (depths, _per_stage(width, 4), _per_stage(heads, 4), *flags):
@@ -189,7 +189,7 @@ class RevMViTConfig(ReversibleConfig):
 
     @property
     def num_hidden_layers(self) -> int:
-        """Blocks of all stages."""
+        """The number of blocks in all stages together."""
         return sum(self.depths)
 
     @property
@@ -207,7 +207,7 @@ class RevMViTConfig(ReversibleConfig):
         return {"depths": [1] * (stages - 1) + [depth], "architecture": None}
 
     def block_shapes(self) -> list[list[BlockShape]]:
-        """Of the blocks of every stage."""
+        """The shapes of the blocks, stage by stage."""
         widths, found = self.stage_widths, list[list[BlockShape]]()
         width, side = widths[0], self.image_size // PATCH
         for i, (depth, heads) in enumerate(zip(self.depths, self.stage_heads, strict=True)):
@@ -221,9 +221,9 @@ class RevMViTConfig(ReversibleConfig):
         return found
 
     def drop_path_rates(self) -> list[float]:
-        """Of every block: from 0 to `drop_path_rate`, rounded to fp32 as `torch.linspace` does for timm's models.
+        """The drop rates of the blocks: from 0 to `drop_path_rate`, rounded to fp32 as `torch.linspace` does in timm.
 
-        Without a tensor, because a model is also made where tensors have no values.
+        They are computed without tensors, because a model may be made on the meta device, where tensors have no values.
         """
         last, end = max(1, self.num_hidden_layers - 1), _single(self.drop_path_rate)
         step = _single(end / last)
@@ -235,14 +235,15 @@ class RevMViTConfig(ReversibleConfig):
 
     @classmethod
     def stock_dict(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
-        return config_dict  # the stock class of transformers would ask timm for the names of labels
+        return config_dict  # transformers' own configuration class would need timm, for the names of labels
 
     @classmethod
-    def from_stock_dict(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
-        """The dictionary of a timm checkpoint's configuration as one of this family, `beta` defaulting to 1/32.
+    def from_stock_dict(cls, config_dict: dict[str, Any], steps: str | None = None) -> dict[str, Any]:
+        """Turn the dictionary of a timm checkpoint's configuration into one of this family, at the default `beta` for `steps`.
 
         Raises:
-            ValueError: it is of an architecture that is none of MViTv2, or made with arguments that change what it is.
+            ValueError: its architecture is not an MViTv2, or was changed by arguments that this family does not have; or
+                `steps` is out of range.
         """
         architecture, cfg = str(config_dict.get("architecture")), config_dict.get("pretrained_cfg") or {}
         check_architecture(architecture)
@@ -266,7 +267,7 @@ class RevMViTConfig(ReversibleConfig):
             fields["label2id"] = {name: i for i, name in fields["id2label"].items()}
         rest = {name: value for name, value in config_dict.items() if name not in TIMM_KEYS}
         return super().from_stock_dict(
-            {**rest, **fields, "timm_pretrained_cfg": cfg or None, "model_type": cls.stock_model_types[0]}
+            {**rest, **fields, "timm_pretrained_cfg": cfg or None, "model_type": cls.stock_model_types[0]}, steps
         )
 
 
@@ -280,7 +281,7 @@ def check_architecture(name: Any) -> None:
 
 
 def _single(value: float) -> float:
-    """The nearest number in fp32."""
+    """`value` rounded to fp32."""
     found: float = struct.unpack("f", struct.pack("f", value))[0]
     return found
 

@@ -8,7 +8,7 @@ from .configuration_reversible import ReversibleConfig
 
 
 class RevRobertaConfig(ReversibleConfig, RobertaConfig):
-    """[`RobertaConfig`] with the fields of [`ReversibleConfig`]; an encoder only.
+    """[`RobertaConfig`] with the fields of [`ReversibleConfig`]. The model is always an encoder.
 
     Raises:
         ValueError: `is_decoder` or `add_cross_attention` is set.
@@ -20,7 +20,6 @@ class RevRobertaConfig(ReversibleConfig, RobertaConfig):
     model_type = "rev_roberta"
     stock_model_types: ClassVar[tuple[str, ...]] = ("roberta", "xlm-roberta", "camembert")
     converted_model_types: ClassVar[tuple[str, ...]] = ("bert",)
-    _auto_class: ClassVar[str | None] = "AutoConfig"
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)

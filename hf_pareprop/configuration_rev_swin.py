@@ -20,7 +20,6 @@ class RevSwinConfig(ReversibleConfig, SwinConfig):
 
     model_type = "rev_swin"
     stock_model_types: ClassVar[tuple[str, ...]] = ("swin",)
-    _auto_class: ClassVar[str | None] = "AutoConfig"
 
     def __post_init__(self, **kwargs: Any) -> None:
         if len(self.depths) != len(self.num_heads):

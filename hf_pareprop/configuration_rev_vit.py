@@ -21,6 +21,5 @@ class RevViTConfig(ReversibleConfig, ViTConfig):
     model_type = "rev_vit"
     stock_model_types: ClassVar[tuple[str, ...]] = ("vit",)
     converted_model_types: ClassVar[tuple[str, ...]] = ("deit",)
-    _auto_class: ClassVar[str | None] = "AutoConfig"
 
     distillation_token: bool = False

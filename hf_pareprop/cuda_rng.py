@@ -1,10 +1,10 @@
-"""Random numbers in CUDA graphs: at every replay a rebuild has to draw what the forward pass of that replay drew.
+"""Random numbers in CUDA graphs: at every replay, a rebuild has to draw the numbers that its forward pass has just drawn.
 
-While a graph is captured, generators do not tell how far they are, so a step cannot be rewound as outside of one. But a
-generator's numbers follow from a seed and an offset, and from the start of a training step every reversible step draws
-at the same distance. A :class:`Schedule` learns these distances from an ordinary training step. In the capture every
-step that draws gets a generator of its own for its rebuild, and before each replay that is set to the distance of its
-step from where the global generator is.
+Outside of a graph, a rebuild sets the generator back to an earlier state. While a graph is captured, a generator does not
+tell its state. But its numbers follow from a seed and an offset, and every reversible step draws at the same offset from the
+start of the training step. A :class:`Schedule` learns these offsets, called distances, from an ordinary training step. In
+the capture every step that draws gets a generator of its own for its rebuild. Before each replay that generator is set to
+the offset of the global generator plus the step's distance.
 """
 
 from collections.abc import Iterator
@@ -21,56 +21,61 @@ _schedule: ContextVar["Schedule | None"] = ContextVar("schedule", default=None)
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether what is launched on ``device`` goes into a CUDA graph."""
+    """Whether kernels launched on ``device`` are captured into a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def schedule() -> "Schedule | None":
-    """The one that is learned or followed in this context."""
+    """The schedule that is learned or followed in this context, if there is one."""
     return _schedule.get()
 
 
 class Schedule:
-    """Where in a training step the random numbers of its reversible steps lie.
+    """Where the reversible steps of a training step draw their random numbers.
 
     Args:
-        generator: the global one of the device: ``torch.cuda.default_generators[index]``.
+        generator: the global generator of the device, ``torch.cuda.default_generators[index]``.
 
     Attributes:
-        kept: what the ordinary forward pass kept instead of having it rebuilt, and so the captured one.
+        kept: what the ordinary forward pass kept instead of rebuilding it. The captured forward pass keeps the same.
     """
 
     kept: Any = None
 
     def __init__(self, generator: torch.Generator):
         self._generator = generator
-        self._distances: list[int | None] = []  # of each reversible step from the start, None if it draws nothing
+        self._distances: list[int | None] = []  # one for each reversible step, None if the step draws nothing
         self._replicas: list[torch.Generator | None] = []
         self._next = 0
         self._start = 0
 
     @contextmanager
     def learning(self) -> Iterator[None]:
-        """In an ordinary forward pass."""
+        """A context for an ordinary forward pass, from which the distances are learned."""
         self._distances.clear()
         _, self._start = seed_and_offset(self._generator.get_state())
         with self._current():
             yield
 
     def note(self, before: Tensor, drew: bool) -> None:
-        """The next reversible step began with the global generator in the state ``before``."""
+        """Note the next reversible step.
+
+        Args:
+            before: the state of the global generator before the step.
+            drew: whether the step drew random numbers.
+        """
         self._distances.append(seed_and_offset(before)[1] - self._start if drew else None)
 
     @contextmanager
     def followed(self, graph: Any) -> Iterator[None]:
-        """In the same forward pass, captured into ``graph``; to be entered before the capture begins.
+        """A context for the same forward pass, captured into ``graph``. Enter it before the capture begins.
 
         Raises:
-            RuntimeError: another number of steps was captured than learned.
+            RuntimeError: the number of captured steps is not the number of learned steps.
         """
         self._next = 0
         self._replicas = [None if d is None else self._generator.clone_state() for d in self._distances]
-        if hasattr(graph, "register_generator_state"):  # since torch 2.13 a generator registers when it is drawn from
+        if hasattr(graph, "register_generator_state"):  # since torch 2.13 a generator registers itself when it is used
             for replica in filter(None, self._replicas):
                 graph.register_generator_state(replica)
         with self._current():
@@ -85,14 +90,14 @@ class Schedule:
         """The generator that the next reversible step has to be rebuilt with; ``None`` if it draws nothing."""
         if self._next == len(self._replicas):
             raise RuntimeError(
-                f"more than {self._next} reversible steps are captured, as many as ran in the ordinary pass before: a "
-                "captured forward pass has to run the same layers every time."
+                f"more than {self._next} reversible steps are captured, but only {self._next} ran in the ordinary pass before: "
+                "a captured forward pass has to run the same layers every time."
             )
         self._next += 1
         return self._replicas[self._next - 1]
 
     def set_out(self) -> None:
-        """Before a replay: every rebuild will draw what its step is about to draw."""
+        """Prepare a replay: set the generator of every rebuild to the numbers that its step is about to draw."""
         seed, offset = seed_and_offset(self._generator.get_state())
         for distance, replica in zip(self._distances, self._replicas, strict=True):
             if distance is not None and replica is not None:
@@ -108,9 +113,14 @@ class Schedule:
 
 
 def seed_and_offset(state: Tensor) -> tuple[int, int]:
-    """What the state of a CUDA generator says: two numbers of 64 bits."""
+    """The seed and the offset in the state of a CUDA generator, two numbers of 64 bits."""
     seed, offset = state.view(torch.int64).tolist()
     return seed, offset
+
+
+def offset_of(generator: torch.Generator) -> int:
+    """How many random numbers a CUDA generator has drawn since it was seeded, rounded up for each kernel."""
+    return seed_and_offset(generator.get_state())[1]
 
 
 def state_of(seed: int, offset: int) -> Tensor:
@@ -120,7 +130,7 @@ def state_of(seed: int, offset: int) -> Tensor:
 
 @contextmanager
 def drawing_from(generator: torch.Generator, device: torch.device) -> Iterator[None]:
-    """In a capture: what draws from the global generator of ``device`` draws from ``generator``."""
+    """In this context, during a capture, operations draw from ``generator`` instead of the global one of ``device``."""
     default = torch.cuda.default_generators[device.index]
     found = default.graphsafe_get_state()
     default.graphsafe_set_state(generator)
@@ -131,7 +141,7 @@ def drawing_from(generator: torch.Generator, device: torch.device) -> Iterator[N
 
 
 class NoDraws(DispatchMode):
-    """Refuses operators that draw random numbers: captured without a schedule they would be rebuilt with other ones."""
+    """Refuses operators that draw random numbers. Captured without a schedule, a rebuild would draw other numbers."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -144,7 +154,7 @@ class NoDraws(DispatchMode):
 
 
 def draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether an operator draws random numbers: it can, and its dropout probability, if it has one, is not 0."""
+    """Whether a call of an operator draws random numbers. An operator that can draw does not if its dropout rate is 0."""
     if torch.Tag.nondeterministic_seeded not in func.tags:
         return False
     for position, argument in enumerate(func._schema.arguments):

@@ -1,17 +1,20 @@
 """Backpropagation through a chain of reversible layers without stored activations.
 
-Layers take and return one tensor, the hidden state: ``s[i]``, decoded. Autograd sees a plain chain of hidden states. The
-neighbour ``s[i-1]`` travels beside it on the :class:`~tape.Tape`, and in the backward pass the rebuilt states and the
-gradient of ``s[i-1]`` travel on the :class:`Trail`. For step ``i``, given ``s[i]``, ``s[i+1]`` and the gradients of both,
+A layer takes and returns one tensor, the hidden state. It is the state ``s[i]`` *decoded*, which means converted from
+integers to floats (see :mod:`coupling`). So autograd sees a plain chain of hidden states. The recurrence also needs the
+state before, ``s[i-1]``. In the forward pass it travels beside the chain, on the :class:`~tape.Tape`. In the backward pass
+the rebuilt states and the gradient of ``s[i-1]`` travel on the :class:`Trail`. The backward pass of step ``i`` starts from
+``s[i]``, ``s[i+1]`` and the gradients of both, and computes
 
     rebuild     Phi_i(s[i]), with its local graph;  s[i-1] = (s[i+1] - Phi_i(s[i])) / beta
     gradients   g[i] = J_Phi_i(s[i])^T g[i+1] + beta * g[i+2]
 
-Three autograd Functions carry everything: :class:`Enter`, where the pair leaves the sight of autograd, the
-:class:`RebuiltLayer`, and :class:`Leave`, where the pair is stored and autograd knows both of its states again.
+Two neighbouring states are a *pair*. Three autograd Functions do the work. From :class:`Enter` on, autograd sees only the
+second state of a pair. :class:`RebuiltLayer` is one layer. At :class:`Leave` the pair is stored, and autograd sees both of
+its states again.
 
 An engine decides when rebuilding happens: see :class:`Autograd`, :class:`Reprop` and :class:`PaReprop`. All three run
-the same arithmetic on the same numbers and yield the same gradients. Nothing here knows transformers.
+the same arithmetic on the same numbers and yield the same gradients. This module does not depend on transformers.
 """
 
 from collections.abc import Callable
@@ -31,7 +34,7 @@ from .torch_private import backward_pass, is_fake, keeps_graph
 
 WRONG = (
     "the states that {} rebuilt in the backward pass are not those of the forward pass, so its gradients would be wrong. "
-    "Something was computed otherwise than before. Likely causes: the attention implementation was switched between the "
+    "A layer computed something else than before. Likely causes: the attention implementation was switched between the "
     "forward pass and its backward; an input such as the attention mask was overwritten; another thread draws random numbers "
     "while dropout is replayed; the layer is not a function of its inputs. Avoid that, or call "
     "model.set_backward_engine('autograd') before the forward pass, which stores activations."
@@ -39,11 +42,11 @@ WRONG = (
 
 
 class Engine:
-    """How reversible layers are run, and with it how they are differentiated.
+    """How reversible layers run, and how their gradients are computed.
 
     Attributes:
         rebuilds: whether layers are rebuilt in the backward pass, instead of storing their activations.
-        lane: where rebuilds run, by device.
+        lane: gives the lane of a device, which is the place where rebuilds run (see :mod:`lanes`).
     """
 
     rebuilds = True
@@ -51,7 +54,7 @@ class Engine:
 
 
 class Autograd(Engine):
-    """Store every activation and let autograd do the rest: the reference for the other two.
+    """Store every activation and let autograd compute the gradients. This is the reference for the other two engines.
 
     Prefer it when memory is no concern, and where the others cannot work: higher-order gradients, attention maps as
     outputs, transforms of ``torch.func``.
@@ -63,8 +66,8 @@ class Autograd(Engine):
 class Reprop(Engine):
     """Store one pair of states per segment and rebuild the rest, step by step, on the caller's thread and stream.
 
-    Least memory: one step's graph is alive at a time, and ``m`` bits per element and step at ``beta = 2**-m``. Costs one more
-    forward per step, like activation checkpointing. Cannot do higher-order gradients.
+    This engine needs the least memory: the autograd graph of one step at a time, and ``m`` stored bits per element and step
+    at ``beta = 2**-m``. It costs one more forward pass, like activation checkpointing. It has no higher-order gradients.
 
     Gomez et al. 2017, arXiv 1707.04585, algorithm 1.
     """
@@ -73,8 +76,8 @@ class Reprop(Engine):
 class PaReprop(Engine):
     """Rebuild step ``i-1`` on another lane while the gradients of step ``i`` are computed.
 
-    The same work and the same numbers as :class:`Reprop`, with two steps' graphs alive. Faster where one step does not
-    fill the device: small batches, short sequences, narrow models.
+    It does the same work on the same numbers as :class:`Reprop`, and keeps the graphs of two steps at a time. It is faster
+    where one step does not fill the device: with small batches, short sequences or narrow models.
 
     Zhu & Mangalam 2023, arXiv 2306.09342, section 3.2.
     """
@@ -89,17 +92,17 @@ def get_engine(name: str) -> Engine:
     """The engine called ``name``.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: no engine has that name.
     """
     check_engine(name)
     return ENGINES[name]
 
 
 class Trail:
-    """What the backward pass of one forward pass needs: calls of layers, and what one leaves for the one below it.
+    """What the backward pass of one forward pass needs: the calls of layers, and what each leaves for the layer below it.
 
-    Autograd nodes keep it alive and nothing else does. It holds no tensor with a graph of its own pass, which would keep
-    itself alive.
+    Only the autograd nodes of that forward pass keep a trail alive. The trail holds no tensor with a graph of the same
+    pass: the two would keep each other alive.
     """
 
     def __init__(self, engine: Engine, observer: Observer, findings: Findings):
@@ -110,21 +113,21 @@ class Trail:
         self._verdict: Tensor | None = None
 
     def leave(self, position: int, pair: Pair, grad_previous: Tensor | None) -> None:
-        """For the layer at ``position``: the pair that it returned, and the gradient of the first of the two."""
+        """Leave for the layer at ``position`` the pair that it returned, and the gradient of the pair's first state."""
         self._left[position] = backward_pass(), pair, grad_previous
 
     def take(self, position: int) -> tuple[Pair, Tensor | None]:
-        """What was left for ``position`` in this backward pass.
+        """Take what was left for ``position`` in this backward pass.
 
         Raises:
-            RuntimeError: nothing, or by another backward pass.
+            RuntimeError: nothing was left, or another backward pass left it.
         """
         task, pair, grad = self._left.pop(position, (None, None, None))
         if task != backward_pass() or pair is None:
             raise RuntimeError(
-                "the backward pass came to a reversible layer, but not from the layers above it: a loss on what one layer "
-                "returned, taken by other means than a forward hook or output_hidden_states, needs "
-                "model.set_backward_engine('autograd')."
+                "the backward pass came to a reversible layer, but not from the layers above it: a loss uses the output of one "
+                "layer. Take that output with a forward hook or with output_hidden_states, or call "
+                "model.set_backward_engine('autograd') before the forward pass."
             )
         return pair, grad
 
@@ -141,22 +144,25 @@ class Trail:
     def look_ahead(self, session: Session, position: int, pair: Pair) -> None:
         """Begin to rebuild the last step of layer ``position`` before its own backward is called.
 
-        Only where its states and parameters already are: under FSDP2 and ZeRO-3 the parameters come with the layer's
-        own backward, and a model may be spread over devices.
+        This is done only if its states and its parameters are already on the same device. Under FSDP2 and ZeRO-3 the
+        parameters arrive with the layer's own backward, and a model may be spread over several devices.
         """
         call = self.calls[position]
         if call.is_resident() and call.device == pair[0].device and call.conditions_hold():
             self._ahead[position] = self.start(session, position, len(call.steps) - 1, *pair)
 
     def begun(self, position: int) -> Job | None:
-        """The rebuild that :meth:`look_ahead` began for ``position``."""
+        """The rebuild that :meth:`look_ahead` began for ``position``, if it did."""
         return self._ahead.pop(position, None)
 
     def check(self, module: nn.Module, right: Tensor) -> None:
-        """Take the answer to whether a layer was rebuilt rightly, a 0-d bool. On a GPU it is left there, for :meth:`settle`.
+        """Note whether a layer was rebuilt correctly. On a GPU the answer stays on the device, for :meth:`settle`.
+
+        Args:
+            right: the answer, a 0-d bool.
 
         Raises:
-            RuntimeError: on a CPU, if it was not.
+            RuntimeError: on a CPU, if the layer was not rebuilt correctly.
         """
         if is_fake(right):
             return
@@ -168,9 +174,9 @@ class Trail:
         self._verdict = verdict if self._verdict is None else self._verdict.to(verdict.device) * verdict
 
     def settle(self, gradients: list[Tensor | None]) -> list[Tensor | None]:
-        """Where a chain of rebuilt layers ends: ``gradients``, which become NaN if any layer was rebuilt wrongly.
+        """Return ``gradients``, as NaN if any layer was rebuilt wrongly. Called at the end of a chain of rebuilt layers.
 
-        Nobody waits for the device: the next call of the model raises.
+        The host does not wait for the device to learn this. The next call of the model raises the error.
         """
         if self._verdict is None:
             return gradients
@@ -187,9 +193,9 @@ def _raise_if_wrong(verdict: float) -> None:
 
 
 class Enter(torch.autograd.Function):
-    """From here on layers are rebuilt: the gradient of ``previous`` comes on the trail.
+    """The node where a chain of rebuilt layers begins. The gradient of ``previous`` comes from the trail.
 
-    Forward: the hidden state and the state before it, both decoded; returns the hidden state.
+    Forward takes the hidden state and the state before it, both decoded, and returns the hidden state.
     """
 
     @staticmethod
@@ -206,10 +212,11 @@ class Enter(torch.autograd.Function):
 
 
 class Leave(torch.autograd.Function):
-    """Stores the pair from which the backward pass starts rebuilding; puts the gradient of ``previous`` on the trail.
+    """The node where a chain of rebuilt layers ends. It stores the pair from which the backward pass starts rebuilding.
 
-    Forward: the hidden state after layer ``position``, as autograd knows it, and the pair; returns both states decoded, in
-    new memory, since hooks of others may write to it.
+    Forward takes the pair, and the hidden state after layer ``position`` with its autograd history. It returns both states
+    decoded, in new memory, because hooks of other libraries may write to it. Backward puts the gradient of ``previous`` on
+    the trail.
     """
 
     @staticmethod
@@ -230,17 +237,17 @@ class Leave(torch.autograd.Function):
 
 
 class RebuiltLayer(torch.autograd.Function):
-    """One reversible layer: keeps no states, and rebuilds them from the pair that the layer above leaves on the trail.
+    """One reversible layer. It keeps no states, and rebuilds them from the pair that the layer above leaves on the trail.
 
-    Forward: the state that the layer's call computed, the hidden state that it read, and the call's sources; returns the
-    state, decoded.
+    Forward takes the state that the layer's call computed, the hidden state that the layer read, and the call's sources. It
+    returns the computed state, decoded.
     """
 
     @staticmethod
     def forward(ctx: Any, trail: Trail, position: int, bits: Tensor, hidden: Tensor, *sources: Tensor) -> Tensor:
         ctx.trail, ctx.position = trail, position
-        ctx.set_materialize_grads(False)  # no gradient is not a gradient of zeros: an optimizer tells them apart
-        # Not for their values, but so that autograd notices when one was modified.
+        ctx.set_materialize_grads(False)  # optimizers skip a parameter without gradient, but not one with zeros
+        # Their values are not needed. They are saved so that autograd notices if one is modified.
         ctx.save_for_backward(*sources)
         call = trail.calls[position]
         return decode(bits, call.plan.grid_bits, call.dtype)
@@ -257,11 +264,11 @@ class RebuiltLayer(torch.autograd.Function):
         totals: list[Tensor | None] = [None] * len(call.sources)
         (current, following), grad_previous = trail.take(position)
 
-        # Flags of PyTorch hold for all threads: where a rebuild has to change them, gradients wait for it.
+        # PyTorch's flags are shared by all threads. If a rebuild has to change them, it must not overlap with gradients.
         lane = (trail.engine.lane if call.conditions_hold() else inline_lane)(call.device)
         with lane.session() as session:
             job = trail.begun(position) or trail.start(session, position, last, current, following)
-            scale = 1.0  # what grad_previous still has to be multiplied by: beta where a step of this layer left it
+            scale = 1.0  # the factor that grad_previous still lacks: beta, once a step of this layer has set it
             for i in range(last, -1, -1):
                 rebuilt, here = job.result(), job.here()
                 current, following = rebuilt.previous, current

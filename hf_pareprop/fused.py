@@ -1,7 +1,8 @@
-"""An update of a state and its inverse, each in one pass over memory: Triton kernels with the bits of :mod:`coupling`.
+"""Triton kernels for an update of a state and for its inverse, each in one pass over memory.
 
-As single operations of PyTorch they take some twenty passes. Every operation here is exact, or rounds the number that its
-counterpart there rounds: products with powers of two do not round, so it does not matter what a compiler contracts.
+Single operations of PyTorch take about twenty passes. The kernels compute the same bits as :mod:`coupling`: every operation
+is exact, or rounds the same number as its counterpart there. Products with powers of two are exact, so it does not matter if
+the compiler fuses them with additions.
 """
 
 from collections.abc import Sequence
@@ -21,17 +22,17 @@ if TYPE_CHECKING:
 DEVICES = {"cuda"}
 
 WIDTHS = (4, 2, 1)
-"""Of side bits that are packed; more than they add up to are left to PyTorch's operations."""
+"""Widths of packed side bits. With more side bits than these add up to, PyTorch's operations are used."""
 
 ROWS = 8
-"""A tensor is seen as so many rows, so that elements that share a byte lie in one column, as in :mod:`packing`."""
+"""A tensor is treated as this many rows. Elements that share a byte are then in one column, as in :mod:`packing`."""
 
 BLOCK = 256
-"""Columns that one program works on."""
+"""The number of columns that one program works on."""
 
 
 def fits(value: Tensor, state: Tensor, plan: "LayerPlan") -> bool:
-    """Whether the kernels take these tensors; otherwise PyTorch's operations do."""
+    """Whether the kernels can handle these tensors. Otherwise PyTorch's operations are used."""
     return (
         value.device.type in DEVICES
         and plan.grid_bits is not None
@@ -43,15 +44,14 @@ def fits(value: Tensor, state: Tensor, plan: "LayerPlan") -> bool:
 
 
 def advance(
-    value: Tensor, previous: Tensor, plan: "LayerPlan", keep: bool = False
+    value: Tensor, previous: Tensor, plan: "LayerPlan", peak: Tensor, keep: bool = False
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    """``s[i+1]`` from ``Phi_i(s[i])`` and ``s[i-1]``, of any one shape.
+    """``s[i+1]`` from ``Phi_i(s[i])`` and ``s[i-1]``, which have the same shape.
 
     Returns:
-        The state; to ``keep``, the packed side bits of ``s[i-1]``; and the peak of ``Phi`` and of the state.
+        The state; the packed side bits of ``s[i-1]``, if ``keep``; and ``peak``, raised to those of ``Phi`` and the state.
     """
     following = torch.empty_like(previous)
-    peak = previous.new_zeros((), dtype=torch.float32)
     sides = {
         w: previous.new_empty(previous.numel() * w // 8, dtype=torch.uint8) for w in widths(plan.side_bits) if keep
     }
@@ -78,7 +78,7 @@ def launch(
     columns = value.numel() // ROWS
     if columns == 0 or is_fake(value):  # nothing to compute, or nothing to compute it from
         return
-    buffers = (sides.get(width, result) for width in WIDTHS)  # a pointer that is not used where there are no bits
+    buffers = (sides.get(width, result) for width in WIDTHS)  # a width without bits gets a pointer that is not used
     with torch.cuda.device_of(value):
         kernel[(triton.cdiv(columns, BLOCK),)](
             *(value, state, result, *buffers, columns),
@@ -89,7 +89,7 @@ def launch(
         )
 
 
-# Sums of states wrap around; told so, Triton leaves out the check for overflow that it makes where it is debugged.
+# Sums of states may wrap around: sanitize_overflow=False switches off the overflow check of Triton's debug mode.
 
 
 @triton.jit
@@ -109,8 +109,8 @@ def advance_kernel(
 ):
     column, inside = _columns(columns, BLOCK)
     at = _rows(8) * columns + column
-    # Zeros beyond the end, which no peak rises by.
-    scaled = tl.load(value + at, inside, other=0.0) * 2.0**GRID_BITS
+    # Beyond the end zeros are read, which do not raise the peak.
+    scaled = _scaled(tl.load(value + at, inside, other=0.0), GRID_BITS)
     units = tl.load(previous + at, inside, other=0)
     if SIDE_BITS & 4:
         units = _shift_out(units, fours, 4, column, columns, inside, KEEP)
@@ -139,7 +139,7 @@ def retreat_kernel(
 ):
     column, inside = _columns(columns, BLOCK)
     at = _rows(8) * columns + column
-    scaled = tl.load(value + at, inside, other=0.0) * 2.0**GRID_BITS
+    scaled = _scaled(tl.load(value + at, inside, other=0.0), GRID_BITS)
     units = tl.sub(tl.load(following + at, inside, other=0), _rounded(scaled), sanitize_overflow=False)
     if SIDE_BITS & 1:
         units = _shift_in(units, ones, 1, column, columns, inside)
@@ -162,8 +162,15 @@ def _rows(ROWS: tl.constexpr):
 
 
 @triton.jit
+def _scaled(x, GRID_BITS: tl.constexpr):
+    if x.dtype.primitive_bitwidth < 32:
+        x = x.to(tl.float32)
+    return x * 2.0**GRID_BITS
+
+
+@triton.jit
 def _rounded(x):
-    """To an int32, half to even; 0 for what has no place in one, whose conversion would be undefined."""
+    """Round to int32, half to even. The result is 0 for a number out of range, whose conversion would be undefined."""
     floor = tl.floor(x)
     above = x - floor
     odd = floor != 2 * tl.floor(floor * 0.5)
@@ -173,13 +180,13 @@ def _rounded(x):
 
 @triton.jit
 def _magnitude(x):
-    """The bits of ``|x|`` in fp32: as whole numbers they are in the order of magnitudes, and NaN is above all."""
+    """The bits of ``|x|`` in fp32. Compared as integers they have the order of the magnitudes, and NaN is the largest."""
     return x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
 def _shift_out(units, sides, WIDTH: tl.constexpr, column, columns, inside, KEEP: tl.constexpr):
-    """Cut the last WIDTH bits off ``units``; if ``KEEP``, store them, 8 / WIDTH elements to a byte."""
+    """Shift the last WIDTH bits out of ``units``. If ``KEEP``, store them, for 8 / WIDTH elements in a byte."""
     if KEEP:
         bits = (units & (2**WIDTH - 1)) << _places(WIDTH)
         packed = tl.sum(tl.reshape(bits, (8 // WIDTH, WIDTH, bits.shape[1])), axis=0)
@@ -198,5 +205,5 @@ def _shift_in(units, sides, WIDTH: tl.constexpr, column, columns, inside):
 
 @triton.jit
 def _places(WIDTH: tl.constexpr):
-    """How far into its byte each row's bits are shifted."""
+    """The position in the byte of each row's bits."""
     return (tl.arange(0, 8) // WIDTH * WIDTH)[:, None]

@@ -1,7 +1,7 @@
 """The heads of text and image models, over the base model that a family names."""
 
 # mypy: disable-error-code="override,arg-type,union-attr,operator,assignment"
-# Stock configurations type as optional what is always set, and module attributes as Tensor | Module.
+# The types of stock configurations say "optional" where a field is always set; module attributes are Tensor | Module.
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -29,10 +29,10 @@ class Head(ReversiblePreTrainedModel):
     """A model with a head. A subclass makes the head; a family's class names the base model.
 
     Attributes:
-        base_class: of the base model, which becomes the attribute `base_model_prefix`.
-        base_options: what it is made with.
-        kind: what stock class names end with, and by which transformers chooses the loss. The name of the class does not
-            count, so that a subclass trains what its parent trains.
+        base_class: the class of the base model, which becomes the attribute that `base_model_prefix` names.
+        base_options: keyword arguments with which the base model is made.
+        kind: the end of the stock class's name, by which transformers chooses the loss. The name of the class itself does
+            not matter, so a subclass has the same loss as its parent.
     """
 
     base_class: ClassVar[Any]
@@ -57,31 +57,33 @@ class ClassificationHead(Head):
     def classification_loss(
         self, labels: Tensor, logits: Tensor, num_items_in_batch: Tensor | int | None = None, **kwargs: Any
     ) -> Tensor:
-        """The stock loss, in its share of a batch that Trainer accumulates.
+        """The stock loss, scaled to its share if Trainer accumulates the gradients of several batches.
 
         Args:
-            num_items_in_batch: how many labels the batches have together whose gradients are accumulated. The stock losses of
-                regression and multi-label problems do not divide by it, and Trainer counts on that they do.
+            labels: as in `forward`.
+            logits: the output of the head.
+            num_items_in_batch: the number of labels in all accumulated batches together. Trainer expects that the loss is
+                divided by it, but the stock losses of regression and multi-label problems do not do that.
         """
         loss = self.loss_function(labels, logits, self.config, num_items_in_batch=num_items_in_batch, **kwargs)
         if num_items_in_batch is None or self.config.problem_type not in ("regression", "multi_label_classification"):
             return loss
-        return loss * (labels.ne(-100).sum() / num_items_in_batch).to(loss.device)  # counted as Trainer counts
+        return loss * (labels.ne(-100).sum() / num_items_in_batch).to(loss.device)  # Trainer counts labels like this
 
 
 def _recorded(outputs: Any) -> dict[str, Any]:
-    """What a base model recorded on its way."""
+    """The hidden states and attention maps that a base model recorded."""
     names = ("hidden_states", "attentions", "reshaped_hidden_states")
     return {name: outputs[name] for name in names if name in outputs}
 
 
 class TextHead(Head):
-    """A head that reads the states of tokens, or the pooled one."""
+    """A head that reads the hidden states of tokens, or the pooled state."""
 
     output_class: ClassVar[Any]
 
     def logits(self, outputs: Any) -> Tensor:
-        """From what the base model returned."""
+        """The logits, from the output of the base model."""
         return self.classifier(self.dropout(outputs.last_hidden_state))
 
     def loss(self, logits: Tensor, labels: Tensor, **kwargs: Any) -> Tensor:
@@ -98,8 +100,10 @@ class TextHead(Head):
         labels: Tensor | None = None,
         **kwargs,
     ) -> Any:
-        """`labels` of shape `(batch, length)`, -100 being ignored; `(batch,)` where the head reads one state of a text, or
-        `(batch, num_labels)` for regression and multi-label problems.
+        """Arguments and outputs are those of the stock model.
+
+        `labels` have the shape `(batch, length)`, and -100 is ignored. If the head reads one state per text, their shape is
+        `(batch,)`, or `(batch, num_labels)` for regression and multi-label problems.
         """
         outputs = self.base_model(
             input_ids,
@@ -120,7 +124,7 @@ def classifier_dropout(config: Any) -> nn.Dropout:
 
 
 class LanguageModelHead(nn.Module):
-    """Logits over the vocabulary; `decoder` is tied to the word embeddings."""
+    """Logits over the vocabulary. `decoder` is tied to the word embeddings."""
 
     def __init__(self, config: Any):
         super().__init__()
@@ -155,7 +159,7 @@ class ForMaskedLM(TextHead):
 
 
 class SentenceClassifier(nn.Module):
-    """Reads the first token."""
+    """Classifies a text by its first token."""
 
     def __init__(self, config: Any):
         super().__init__()
@@ -198,7 +202,7 @@ class ForMultipleChoice(TextHead):
     base_options = {}
     output_class = MultipleChoiceModelOutput
 
-    # transformers has no loss function for multiple choice that would divide by num_items_in_batch: Trainer has to.
+    # transformers' loss for multiple choice does not divide by num_items_in_batch, so Trainer has to.
     accepts_loss_kwargs = False
 
     def make_head(self, config: Any) -> None:
@@ -255,7 +259,7 @@ class ForQuestionAnswering(TextHead):
         end_positions: Tensor | None = None,
         **kwargs,
     ) -> QuestionAnsweringModelOutput:
-        """`start_positions` and `end_positions` of shape `(batch,)`; positions past the end are ignored."""
+        """`start_positions` and `end_positions` have the shape `(batch,)`. Positions past the end of the text are ignored."""
         outputs = self.base_model(
             input_ids,
             attention_mask=attention_mask,
@@ -277,21 +281,21 @@ class ForQuestionAnswering(TextHead):
 
 @dataclass
 class StagedModelOutput(BaseModelOutputWithPooling):
-    """With the hidden states of every stage as `(batch, width, rows, columns)`, too."""
+    """Also has the hidden states of every stage as `(batch, width, rows, columns)`."""
 
     reshaped_hidden_states: tuple[Tensor, ...] | None = None
 
 
 @dataclass
 class StagedImageClassifierOutput(ImageClassifierOutput):
-    """With the hidden states of every stage as `(batch, width, rows, columns)`, too."""
+    """Also has the hidden states of every stage as `(batch, width, rows, columns)`."""
 
     reshaped_hidden_states: tuple[Tensor, ...] | None = None
 
 
 @dataclass
 class StagedMaskedImageModelingOutput(MaskedImageModelingOutput):
-    """With the hidden states of every stage as `(batch, width, rows, columns)`, too."""
+    """Also has the hidden states of every stage as `(batch, width, rows, columns)`."""
 
     reshaped_hidden_states: tuple[Tensor, ...] | None = None
 
@@ -305,7 +309,7 @@ class ForImageClassification(ClassificationHead):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
 
     def logits(self, outputs: Any) -> Tensor:
-        """From what the base model returned: of the CLS token."""
+        """The logits, from the CLS token in the output of the base model."""
         return self.classifier(outputs.last_hidden_state[:, 0, :])
 
     @can_return_tuple
@@ -324,13 +328,13 @@ class ForImageClassification(ClassificationHead):
 
 
 class ForMaskedImageModeling(Head):
-    """SimMIM: reconstructs the pixels of masked patches."""
+    """SimMIM: the head reconstructs the pixels of masked patches."""
 
     kind = "ForMaskedImageModeling"
     base_options = {"add_pooling_layer": False, "use_mask_token": True}
     output_class: ClassVar[Any] = MaskedImageModelingOutput
 
-    # The loss is a mean over masked pixels, which num_items_in_batch does not count: Trainer has to average.
+    # The loss is a mean over masked pixels. num_items_in_batch does not count those, so Trainer has to average.
     accepts_loss_kwargs = False
 
     def make_head(self, config: Any) -> None:
@@ -356,7 +360,7 @@ class ForMaskedImageModeling(Head):
         """`bool_masked_pos` of shape `(batch, patches)` says which patches to mask and reconstruct.
 
         Raises:
-            ValueError: `bool_masked_pos` is given and `encoder_stride` does not lead back to the size of the images.
+            ValueError: `bool_masked_pos` is given, and with `encoder_stride` the reconstruction has another size than the images.
         """
         outputs = self.base_model(
             pixel_values,
@@ -384,11 +388,11 @@ class ForMaskedImageModeling(Head):
 
 
 class Backbone(BackboneMixin, ReversiblePreTrainedModel):
-    """Feature maps of the stages in `out_features`, as for detectors.
+    """Feature maps of the stages in `out_features`, for detectors for example.
 
     Attributes:
-        base_class: of the base model.
-        base_arguments: with which the base model is called.
+        base_class: the class of the base model.
+        base_arguments: keyword arguments with which the base model is called.
     """
 
     base_class: ClassVar[Any]
@@ -406,7 +410,7 @@ class Backbone(BackboneMixin, ReversiblePreTrainedModel):
     @can_return_tuple
     @filter_output_hidden_states
     def forward(self, pixel_values: Tensor, **kwargs) -> BackboneOutput:
-        """`feature_maps` of shape `(batch, width, rows, columns)`, one for each of `out_features`."""
+        """Return `feature_maps` of shape `(batch, width, rows, columns)`, one for each of `out_features`."""
         outputs = self.base_model(pixel_values, **self.base_arguments, **kwargs)
         feature_maps = tuple(
             self.hidden_states_norms[stage](found.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2).contiguous()

@@ -1,4 +1,4 @@
-"""Hooks of others on modules: which of them may carry activations out of a layer."""
+"""Forward hooks that other code puts on modules: which of them may take activations out of a layer."""
 
 import warnings
 from collections.abc import Iterable, Sequence
@@ -9,16 +9,19 @@ from torch import nn
 from .torch_private import forward_hooks
 
 INSIDE = ("transformers",)
-"""Whose hooks on modules inside a layer do nothing unless asked to: transformers records attention maps with them."""
+"""Packages whose hooks on modules inside a layer take nothing unless asked to: transformers records attention maps so."""
 
 ON_LAYERS = ("torch", "transformers", "accelerate", "peft", "deepspeed")
-"""Whose hooks on whole layers wrap them (FSDP2, for example) and take nothing away."""
+"""Packages whose hooks on whole layers only wrap them (FSDP2, for example) and take nothing out."""
 
 
 def is_observed_inside(modules: Sequence[nn.Module]) -> bool:
-    """Whether activations may leave the first of ``modules``, a layer, through hooks on the others, which are inside it.
+    """Whether hooks on modules inside a layer may take activations out of it. Warns if so.
 
-    Such a layer must not be rebuilt: a loss on what left it would have a graph that does not exist. Warns of it.
+    Such a layer must not be rebuilt: a loss on an activation that was taken out needs a graph that is not stored.
+
+    Args:
+        modules: the layer, and then the modules inside it.
     """
     hooks = [hook for inner in modules[1:] for hook in forward_hooks(inner)]
     strange = _strangers(hooks, INSIDE) or _strangers(forward_hooks(), INSIDE)
@@ -33,7 +36,7 @@ def is_observed_inside(modules: Sequence[nn.Module]) -> bool:
 
 
 def is_observed(layer: nn.Module) -> bool:
-    """Whether what a layer returns may leave through a hook on it."""
+    """Whether a hook on a layer may take its output."""
     return _strangers([*forward_hooks(layer), *forward_hooks()], ON_LAYERS) is not None
 
 
@@ -41,7 +44,7 @@ def _strangers(hooks: Iterable[Any], known: Sequence[str]) -> Any:
     """The first hook that was not written in a package of ``known``."""
     for hook in hooks:
         function = hook
-        while hasattr(function, "func"):  # of functools.partial
+        while hasattr(function, "func"):  # a functools.partial
             function = function.func
         module = getattr(function, "__module__", None) or ""
         if module.partition(".")[0] not in known:

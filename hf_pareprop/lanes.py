@@ -1,7 +1,8 @@
-"""Where a rebuild runs while gradients are computed: a side stream, a worker thread, or right here.
+"""Lanes: the place where a rebuild runs while gradients are computed. A CUDA stream, a worker thread, or the caller itself.
 
-One layer's backward opens a *session* on its device's lane. In it, ``start(work)`` begins a rebuild and returns a job;
-``job.result()`` hands its outcome over, and under ``job.here()`` the gradients of the rebuilt step are computed.
+The backward of one layer opens a *session* on the lane of its device. In the session ``start(work)`` begins a rebuild and
+returns a *job*. ``job.result()`` returns what the rebuild yields. The gradients of the rebuilt step are computed inside the
+context ``job.here()``.
 """
 
 import os
@@ -19,38 +20,43 @@ from .torch_private import let_streams_differ
 
 
 class Job(Protocol):
-    """A rebuild under way."""
+    """A rebuild that was started."""
 
     def result(self) -> Any:
-        """What the work returned, for use under :meth:`here`; raises what the work raised. To be asked for once."""
+        """What the work returned, for use inside :meth:`here`. Raises what the work raised. Call it once."""
 
     def here(self) -> AbstractContextManager[None]:
-        """Where gradients of the result are computed, after those computed under the last job's ``here``."""
+        """A context in which the gradients of the result are computed, after those of the job before."""
 
 
 class Session(Protocol):
-    """One layer's backward, on one lane."""
+    """The backward of one layer on one lane."""
 
     def start(self, work: Callable[[], Any]) -> Job:
-        """Begin ``work`` after everything started before it."""
+        """Begin ``work``. It runs after everything that was started before it."""
 
 
 class Lane(Protocol):
-    """A place for rebuilds.
+    """A place where rebuilds run.
 
-    ``overlaps`` says whether work begins before its result is asked for.
+    Attributes:
+        overlaps: whether work begins before its result is asked for.
     """
 
     overlaps: bool
 
     def session(self) -> AbstractContextManager[Session]:
-        """Order the lane after what the caller did so far, and, on leaving, the caller after the gradients."""
+        """A context for the backward of one layer.
+
+        Work on the lane comes after what the caller has done before. After the context, what the caller does comes after
+        the gradients.
+        """
 
 
 class InlineLane:
-    """Work runs when its result is asked for, so one step's graph is alive at a time.
+    """Work runs when its result is asked for, so only one step's graph is alive at a time.
 
-    For ``reprop``, and for devices that have no lane of their own.
+    It serves ``reprop``, and devices that have no lane of their own.
     """
 
     overlaps = False
@@ -67,7 +73,7 @@ class _InlineJob:
         self._work: Callable[[], Any] | None = work
 
     def result(self) -> Any:
-        work, self._work = self._work, None  # what the work read may be freed when it is done
+        work, self._work = self._work, None  # so that what the work reads can be freed when it is done
         assert work is not None, "the result of a job is asked for once"
         return work()
 
@@ -76,12 +82,12 @@ class _InlineJob:
 
 
 class ThreadLane:
-    """One persistent worker thread: for the CPU, where it pays if cores are idle.
+    """One persistent worker thread. It is for the CPU, where it helps if some cores are idle.
 
-    A session ends only when its work is done: a rebuild swaps the state of the global random number generator while
-    it replays dropout, which nobody else may see, least of all after an exception or a ``KeyboardInterrupt``. The latter
-    comes between any two bytecodes of the main thread, and ``concurrent.futures`` does not survive that. So what the two
-    threads share here are single calls into C.
+    A session ends only when its work is done. While a rebuild replays dropout it replaces the state of the global random
+    number generator, and no other code may see that state, even after an exception or a ``KeyboardInterrupt``. Python raises
+    a ``KeyboardInterrupt`` between any two bytecodes of the main thread, and ``concurrent.futures`` can break when that
+    happens. So the two threads communicate here through single calls into C alone.
     """
 
     overlaps = True
@@ -106,7 +112,7 @@ class ThreadLane:
             try:
                 session.close()
             finally:
-                session.close()  # again, in case an interrupt came before the first one began
+                session.close()  # again, in case an interrupt came before the first call began
 
 
 class _ThreadSession:
@@ -117,18 +123,18 @@ class _ThreadSession:
 
     def start(self, work: Callable[[], Any]) -> Job:
         task = _Task(work)
-        self._begun = [*(t for t in self._begun if not t.finished), task]  # noted before it can run
+        self._begun = [*(t for t in self._begun if not t.finished), task]  # listed before it can run
         self._tasks.put(task)
         return task
 
     def close(self) -> None:
-        """Wait until nothing runs any more, whatever interrupts that; what has not begun is cancelled after an exception."""
+        """Wait until no work runs any more, even if interrupted. After an exception, work that has not begun is cancelled."""
         interrupt = None
         while True:
             try:
                 for task in self._begun if self.cancelled else ():
                     task.cancelled = True
-                    self._tasks.put(task)  # once more, in case an interrupt came before it was put there
+                    self._tasks.put(task)  # again, in case an interrupt came before the first put
                 for task in self._begun:
                     task.wait()
                 break
@@ -139,7 +145,7 @@ class _ThreadSession:
 
 
 class _Task:
-    """Work for the worker thread, and what became of it."""
+    """Work for the worker thread, and its outcome."""
 
     def __init__(self, work: Callable[[], Any]):
         self._work: Callable[[], Any] | None = work
@@ -150,14 +156,14 @@ class _Task:
         self.finished = self.cancelled = False
 
     def run(self) -> None:
-        """On the worker; a second time does nothing."""
+        """Do the work, on the worker thread. A second call does nothing."""
         if self.finished:
             return
-        work, self._work = self._work, None  # what the work read may be freed when it is done
+        work, self._work = self._work, None  # so that what the work reads can be freed when it is done
         try:
             if work is not None and not self.cancelled:
                 self._value = work()
-        except BaseException as error:  # for whoever asks for the result
+        except BaseException as error:  # raised where the result is asked for
             self._error = error
         del work
         self.finished = True
@@ -179,15 +185,15 @@ class _Task:
 
 
 class StreamLane:
-    """Two persistent CUDA streams used in turn; streams wait for events, the host never does.
+    """Two persistent CUDA streams, used in turn. The streams wait for events; the host never waits.
 
-    Autograd runs a node's backward on the stream of its forward, so a step's rebuild and its gradients share a stream
-    and neighbouring steps, on different ones, overlap.
+    Autograd runs the backward of a node on the stream of its forward. So the rebuild of a step and its gradients share a
+    stream, and neighbouring steps are on different streams and overlap.
 
-    The allocator gives a freed block back to the stream that made it, where new work could overwrite it while the other
-    stream still reads it. So a job, and with it every tensor it made or read, is held until its own stream has been told
-    to wait for the next job, on the other stream. (``record_stream`` would need no holding, but the block would stay
-    taken until the host sees the event.)
+    The allocator returns a freed block of memory to the stream that allocated it. New work on that stream could overwrite
+    the block while the other stream still reads it. Therefore a job, with every tensor that it made or read, is held until
+    its own stream has been told to wait for the next job, on the other stream. (With ``record_stream`` nothing would have to
+    be held, but the block would not be reused until the host sees the event.)
     """
 
     overlaps = True
@@ -204,7 +210,7 @@ class StreamLane:
     def session(self) -> Iterator[Session]:
         caller = torch.cuda.current_stream(self._device)
         first, second = self._streams
-        for stream in self._streams:  # first of all, so that in the capture of a CUDA graph both belong to it
+        for stream in self._streams:  # first, because in the capture of a CUDA graph this adds both streams to it
             stream.wait_stream(caller)
         first.wait_stream(second)
         second.wait_stream(first)
@@ -214,7 +220,7 @@ class StreamLane:
         finally:
             if self.gradients is not None:
                 caller.wait_event(self.gradients)
-            # The next session begins by making the streams wait for each other, so nothing has to be held until then.
+            # At the start of the next session the streams wait for each other, so nothing has to be held any longer.
             self._held.clear()
 
     def start(self, work: Callable[[], Any]) -> Job:
@@ -232,7 +238,7 @@ class _StreamJob:
     def __init__(self, lane: StreamLane, stream: "torch.cuda.Stream", work: Callable[[], Any]):
         self._lane = lane
         self._stream = stream
-        self._reads = work  # the closure keeps alive what the enqueued kernels read
+        self._reads = work  # this keeps the tensors alive that the enqueued kernels read
         self._value = work()
         self.done = stream.record_event()
 
@@ -256,7 +262,7 @@ _replacement: ContextVar[Callable[[torch.device], Lane] | None] = ContextVar("la
 
 @contextmanager
 def replaced(lane_of: Callable[[torch.device], Lane] | None) -> Iterator[None]:
-    """In this context, have ``pareprop`` run on the lane that ``lane_of`` gives for a device; ``None``: on its own."""
+    """In this context, ``pareprop`` uses the lane that ``lane_of`` gives for a device; with ``None``, its own lane."""
     token = _replacement.set(lane_of)
     try:
         yield
@@ -265,19 +271,19 @@ def replaced(lane_of: Callable[[torch.device], Lane] | None) -> Iterator[None]:
 
 
 def inline_lane(device: torch.device) -> Lane:
-    """The lane that overlaps nothing."""
+    """The lane without overlap."""
     return _INLINE
 
 
 def side_lane(device: torch.device) -> Lane:
     """The lane of ``device``: side streams on CUDA, a worker thread on the CPU, inline elsewhere.
 
-    Inline too on a CPU whose cores are all taken by PyTorch's own threads: there the worker's threads would only get in
-    their way (measured on 2 cores: 0.80 to 0.92 times the speed of ``reprop`` with 2 threads, 1.15 to 1.33 with one).
+    On a CPU the lane is inline if PyTorch's own threads use more than half of the cores: a worker would compete with them.
+    (Measured on 2 cores: 0.80 to 0.92 times the speed of ``reprop`` with 2 threads, 1.15 to 1.33 times with one.)
     """
     if (lane_of := _replacement.get()) is not None:
         return lane_of(device)
-    if device.type == "cpu" and 2 * torch.get_num_threads() > _cores():
+    if device.type == "cpu" and 2 * torch.get_num_threads() > cores():
         return _INLINE
     with _lock:
         if device not in _lanes:
@@ -286,11 +292,11 @@ def side_lane(device: torch.device) -> Lane:
         return _lanes[device]
 
 
-def _cores() -> int:
-    """How many cores this process may use."""
+def cores() -> int:
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows
-    # A forked child inherits the worker's bookkeeping without its thread, and would wait for it for ever.
+    # A forked child inherits this table, but not the worker's thread, and would wait for it forever.
     os.register_at_fork(after_in_child=_lanes.clear)

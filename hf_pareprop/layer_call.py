@@ -11,22 +11,24 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 from torch.func import functional_call
 
-from .coupling import advance, checksum, decode, phi, retreat, straight_through
+from .compiled_steps import compiled_phi_of_step, phi_of_step
+from .coupling import advance, checksum, decode, retreat, straight_through
 from .memory_probe import SavedBytes
 from .plan import LayerPlan
 from .replay import Conditions, StepContext, uncached_autocast
-from .torch_private import has_gradient_hooks, own_parameters, version_of
+from .torch_private import FLAT_PARAMETER, has_gradient_hooks, own_parameters, version_of, views_of_flat_parameter
 
-Step = Callable[..., tuple[Tensor, Tensor]]
-"""``step(state, *inputs) -> (residual, branch)``: a sub-block without its residual connection.
+Step = Callable[..., tuple[Tensor, Tensor] | Tensor]
+"""A step: ``step(state, *inputs) -> (residual, branch)`` for a sub-block, or ``-> after`` for a whole layer.
 
-``state`` is the current state, in the compute dtype but at least fp32 (a conventional layer gets its stock input);
-``residual`` is what the stock model would add to ``branch``. All have the same shape. A step must be a deterministic
-function of its arguments, of the layer's parameters, and of random numbers from the global generators.
+A sub-block leaves out its residual connection. ``state`` is the current state, in the compute dtype but at least fp32 (a
+conventional layer gets its stock input). ``residual`` is what the stock model would add to ``branch``. ``after`` is the
+hidden state that the stock layer returns. All have the same shape. A step must be a deterministic function of its arguments,
+of the layer's parameters, and of random numbers from the global generators.
 """
 
 Pair = tuple[Tensor, Tensor]
-"""``(s[i-1], s[i])``: two neighbouring states, all that the rest of the chain depends on; int32."""
+"""``(s[i-1], s[i])``: two neighbouring states, int32. The rest of the chain depends on nothing else."""
 
 AUTOGRAD = "call model.set_backward_engine('autograd') before the forward pass, which stores activations."
 
@@ -36,8 +38,8 @@ class State(NamedTuple):
 
     Attributes:
         bits: int32, in units of the grid.
-        value: decoded, with its autograd graph; ``None`` where its gradient travels beside the hidden state.
-        needs_gradient: whether anything that it was computed from does.
+        value: the state decoded, with its autograd graph; ``None`` where its gradient travels beside the hidden state.
+        needs_gradient: whether anything that the state was computed from needs a gradient.
     """
 
     bits: Tensor
@@ -59,9 +61,9 @@ class Contents:
     """What a module holds now.
 
     Attributes:
-        modules: the module itself, and those inside it.
-        parameters: by name, each once.
-        buffers: the same.
+        modules: the module itself, and the modules inside it.
+        parameters: its parameters by name, each once.
+        buffers: its buffers by name, each once.
     """
 
     def __init__(self, module: nn.Module):
@@ -78,38 +80,44 @@ class Contents:
             return
         self._seen.add(id(module))
         self.modules.append(module)
-        for kind, own in ((self.parameters, own_parameters(module)), (self.buffers, module._buffers)):
-            for name, tensor in own.items():
-                if tensor is not None and id(tensor) not in self._seen:
-                    self._seen.add(id(tensor))
-                    kind[prefix + name] = tensor
-                    self._places.append((own, name, tensor))
+        self._note(self.parameters, own_parameters(module), prefix)
+        if views := views_of_flat_parameter(module):
+            self._note(self.parameters, views, prefix)
+        self._note(self.buffers, module._buffers, prefix)
         for name, inner in module._modules.items():
             if inner is not None:
                 self._add(inner, f"{prefix}{name}.")
 
+    def _note(self, kind: dict[str, Tensor], own: dict[str, Any], prefix: str) -> None:
+        for name, tensor in own.items():
+            if tensor is not None and name != FLAT_PARAMETER and id(tensor) not in self._seen:
+                self._seen.add(id(tensor))
+                kind[prefix + name] = tensor
+                self._places.append((own, name, tensor))
+
     def is_there(self) -> bool:
-        """Whether the modules still hold these very tensors: not so within ``torch.func.functional_call``."""
+        """Whether the modules still hold these very tensors. Within ``torch.func.functional_call`` they do not."""
         return all(place.get(name) is tensor for place, name, tensor in self._places)
 
 
 def named_parameters_of(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters of ``module`` as they are now, by name, each once."""
+    """The parameters that ``module`` holds now, by name, each once."""
     return Contents(module).parameters
 
 
 @dataclass
 class LayerCall:
-    """A call of a layer: all that its backward pass needs but states.
+    """A call of a layer: everything that its backward pass needs, except states.
 
     Attributes:
         module: the layer.
         inputs: what its steps read besides the state; tensors among them may need a gradient.
         held: what the layer held in the forward pass.
-        device: of the layer.
-        saves_linears: whether results of linear layers are kept and not computed again.
-        opens: whether its first two states are one and the same, as where a segment opens.
-        follows: whether the layer below is rebuilt too and continues with the pair that this one rebuilds.
+        device: the device of the layer.
+        saves_linears: whether results of linear layers are kept, so that a rebuild does not compute them again.
+        compiles: whether steps run as compiled code.
+        opens: whether the layer opens a segment, so that its first two states are the same state.
+        follows: whether the layer below is rebuilt as well, and continues with the pair that this one rebuilds.
     """
 
     module: nn.Module
@@ -120,6 +128,7 @@ class LayerCall:
     held: Contents
     device: torch.device
     saves_linears: bool = False
+    compiles: bool = False
     opens: bool = False
     follows: bool = False
     _contexts: list[StepContext] = field(default_factory=list)
@@ -136,32 +145,31 @@ class LayerCall:
         """What the layer computes from besides the states, in the order of :attr:`RebuiltStep.sources`."""
         return (*(t for t in self.inputs if isinstance(t, Tensor)), *self.held.parameters.values())
 
-    def run(self, previous: State, current: State) -> tuple[State, State, Tensor]:
-        """The layer's forward, stored by autograd: the next two states, and the peak of all."""
-        grid_bits, peaks = self.plan.grid_bits, []
-        # Two uses of a state within the chain are added up before those of others, as where the layer is rebuilt.
+    def run(self, previous: State, current: State, peak: Tensor) -> tuple[State, State, Tensor]:
+        """Run the layer's forward, stored by autograd. Returns the next two states, and ``peak`` raised to their peaks."""
+        grid_bits = self.plan.grid_bits
+        # The gradients of both uses of a state within the chain are added up first, before gradients from elsewhere. A
+        # rebuilt layer adds them in the same order.
         current = State.of(current.bits, _node(value_of(current)))
         for step in self.steps:
             with uncached_autocast(self.device):
                 value = self._phi(step, _node(value_of(current)), self.inputs)
-            bits, _, peak = advance(value.detach(), previous.bits, self.plan)
+            bits, _, peak = advance(value.detach(), previous.bits, self.plan, peak)
             terms = (1.0, value), (self.plan.beta, value_of(previous))
             previous, current = current, State.of(bits, straight_through(bits, grid_bits, self.dtype, *terms))
-            peaks.append(peak)
-        return previous, current, _highest(peaks)
+        return previous, current, peak
 
     def run_undoably(
-        self, previous: State, current: State, meter: SavedBytes | None = None
+        self, previous: State, current: State, peak: Tensor, meter: SavedBytes | None = None
     ) -> tuple[State, State, Tensor]:
-        """The layer's forward without a graph: the next two states, and the peak of all.
+        """Run the layer's forward without a graph, so that it can be undone later. Returns the same as :meth:`run`.
 
         Args:
             meter: counts what autograd would save.
 
         Raises:
-            RuntimeError: a step depends on what its rebuilding would not give a gradient to, or changes its buffers.
+            RuntimeError: a step uses a tensor that would get no gradient when the step is rebuilt, or changes its buffers.
         """
-        peaks = []
         with self._recording(meter):
             if not self.opens:
                 self._checksum = checksum(*self._witnesses(previous.bits, current.bits, current.needs_gradient))
@@ -170,30 +178,30 @@ class LayerCall:
                 value = self._record(partial(self._phi, step), state.requires_grad_(current.needs_gradient))
                 needs_gradient = value.requires_grad or previous.needs_gradient
                 with torch.no_grad():
-                    bits, sides, peak = advance(value.detach(), previous.bits, self.plan, keep=True)
+                    bits, sides, peak = advance(value.detach(), previous.bits, self.plan, peak, keep=True)
                 del value, state
                 self._sides.append(sides)
-                peaks.append(peak)
                 previous, current = current._replace(value=None), State(bits, None, needs_gradient)
-        return previous, current, _highest(peaks)
+        return previous, current, peak
 
     def rebuild(self, index: int, current: Tensor, following: Tensor) -> "RebuiltStep":
-        """Step ``index`` once more, from ``s[i]`` and ``s[i+1]``: its local graph and ``s[i-1]``."""
+        """Run step ``index`` again, from ``s[i]`` and ``s[i+1]``. Returns its local graph and ``s[i-1]``."""
         value, sources = self._replay(index, partial(self._phi, self.steps[index]), self._read(current))
         with torch.no_grad():
             previous = retreat(value, following, self.plan, self._sides[index])
-        # The graph alone is kept: what its last operation yields has served.
+        # Only the graph is kept. The value of Phi has done its work, and its memory can be freed.
         return RebuiltStep(sources, graph_of(value), value.dtype, previous)
 
     @contextmanager
     def _recording(self, meter: SavedBytes | None) -> Iterator[None]:
-        """The forward pass of the layer: its inputs become leaves, its conditions are noted, its buffers must not change."""
+        """Wrap the layer's forward pass: its inputs become leaves, its conditions are noted, its buffers must not change."""
         versions = [version_of(buffer) for buffer in self.held.buffers.values()]
         self.inputs = tuple(_leaf(t) for t in self.inputs)
         self._conditions = Conditions(self.held.modules, self.device)
         self._meter = meter
         yield
         self._meter = None
+        self._conditions.note_flags()
         for (name, buffer), version in zip(self.held.buffers.items(), versions, strict=True):
             if version_of(buffer) != version:
                 raise RuntimeError(
@@ -202,10 +210,10 @@ class LayerCall:
                 )
 
     def _record(self, work: Callable[..., Tensor], state: Tensor) -> Tensor:
-        """``work(state, inputs)``, remembering all that it needs to run again.
+        """Return ``work(state, inputs)``, and remember everything that is needed to run it again.
 
-        It does have a graph while it runs, the one that it has when it is rebuilt: PyTorch chooses kernels by what requires
-        a gradient, and the graph says what the step depends on.
+        While it runs it has the same graph as when it is rebuilt, for two reasons: PyTorch chooses kernels by what requires
+        a gradient, and the graph tells what the step depends on.
         """
         self._state_needs.append(state.requires_grad)
         if state.requires_grad:
@@ -221,7 +229,7 @@ class LayerCall:
         return value
 
     def _replay(self, index: int, work: Callable[..., Tensor], state: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """What :meth:`_record` returned, once more, with its graph; and the leaves of that: state, inputs, parameters."""
+        """Compute again what :meth:`_record` returned, with its graph. Also returns the leaves: state, inputs, parameters."""
         state.requires_grad_(self._state_needs[index])
         inputs = tuple(_leaf(t) for t in self.inputs)
         parameters = tuple(self.held.parameters.values())
@@ -236,17 +244,17 @@ class LayerCall:
         return value, (state, *(t for t in inputs if isinstance(t, Tensor)), *parameters)
 
     def kept(self) -> list[Tensor]:
-        """What is kept until the steps are undone: side bits, and results of linear layers."""
+        """The tensors that are kept until the steps are undone: side bits, and results of linear layers."""
         linears = (context.linears.results for context in self._contexts if context.linears)
         return [tensor for tensors in (*self._sides, *linears) for tensor in tensors]
 
     def forget(self, index: int) -> None:
-        """Free what step ``index``, which is undone, needed for that."""
+        """Free what was kept to undo step ``index``, which has been undone."""
         self._sides[index] = []
         self._contexts[index].linears = None
 
     def is_right(self, previous: Tensor, current: Tensor) -> Tensor:
-        """Whether a rebuilt pair is the one that the layer began on: a 0-d bool."""
+        """Whether a rebuilt pair is the pair that the layer began with, as a 0-d bool."""
         if self._checksum is None:
             right = (previous == current).all()
         else:
@@ -256,66 +264,67 @@ class LayerCall:
 
     @staticmethod
     def _witnesses(previous: Tensor, current: Tensor, goes_on: bool) -> tuple[Tensor, ...]:
-        """The states of a pair that a checksum is of.
+        """The states of a pair that the checksum covers.
 
-        The one rebuilt last depends on the other. Where the backward pass goes on below, errors of the other that this one
-        does not show become errors of what is rebuilt next.
+        ``previous`` was rebuilt last, and depends on ``current``. An error in ``current`` may not show in ``previous``. If the
+        backward pass goes on to the layer below, such an error shows there, so ``previous`` is enough.
         """
         return (previous,) if goes_on else (previous, current)
 
     def check_gradients(self, step: int, gradients: Sequence[Tensor | None]) -> None:
         """
         Args:
-            gradients: of a step, one for its state and one for each of :attr:`sources`.
+            gradients: the gradients of a step, one for its state and one for each of :attr:`sources`.
 
         Raises:
-            RuntimeError: the step depends on something in the forward pass and not in the backward pass, or the other way.
+            RuntimeError: the step used something in the forward pass and not in the backward pass, or the other way round.
         """
         promised = self._promised[step]
         for i, gradient in enumerate(gradients):
             if (gradient is not None) == (i in promised):
                 continue
             if gradient is None and i > 0 and not self.sources[i - 1].requires_grad:
-                continue  # frozen since: autograd leaves it without a gradient, too
+                continue  # it was frozen after the forward pass; autograd leaves it without a gradient as well
             inputs = len(self.sources) - len(self.held.parameters)
             name = ["its state", *["an input"] * inputs, *self.held.parameters][i]
             raise RuntimeError(
-                f"{type(self.module).__name__} used {name} in {'the forward' if i in promised else 'the backward'} pass alone, so "
-                "its gradients would be wrong: an adapter was switched, a module replaced, parameters were moved or a flag was "
-                f"changed in between. Keep them, or {AUTOGRAD}"
+                f"{type(self.module).__name__} used {name} in {'the forward' if i in promised else 'the backward'} pass alone, "
+                "so its gradients would be wrong: between the passes an adapter was switched, a module was replaced, parameters "
+                f"were moved or a flag was changed. Leave them as they are until the backward pass is over, or {AUTOGRAD}"
             )
 
     def conditions_hold(self) -> bool:
-        """Whether a rebuild runs as the forward pass did without anything being set for it."""
+        """Whether a rebuild would run as the forward pass did, without changing any flag or mode first."""
         return self._contexts[0].conditions.hold()
 
     def is_resident(self) -> bool:
-        """Whether the module has the parameters of the forward pass at hand, rather than shards of them."""
+        """Whether the module now holds the whole parameters of the forward pass, and not shards of them."""
         return self.held.is_there() and all(p.untyped_storage().nbytes() > 0 for p in self.held.parameters.values())
 
     def _read(self, bits: Tensor) -> Tensor:
         return decode(bits, self.plan.grid_bits, self.dtype)
 
     def _phi(self, step: Step, state: Tensor, inputs: tuple[Any, ...]) -> Tensor:
-        return phi(*step(state, *inputs), self.plan.beta)
+        run = compiled_phi_of_step() if self.compiles else phi_of_step
+        return run(step, state, inputs, self.plan.beta)
 
     def _note_sources(self, value: Tensor, state: Tensor) -> None:
-        """Read off the graph of ``value`` which sources it depends on."""
+        """Note which sources ``value`` depends on, according to its graph."""
         sources = (state, *self.sources)
         found, stranger = dependencies(value, sources)
         if stranger is not None:
             raise RuntimeError(
                 f"{type(self.module).__name__} uses {stranger}, which requires a gradient and is neither a parameter of the "
                 "layer nor an input of its steps, so rebuilding the layer would lose its gradient. FSDP1 and the hooks of some "
-                f"offloaders hide parameters like this: use FSDP2, or {AUTOGRAD}"
+                f"offloaders hide parameters like this: use FSDP2, or whole layers as steps (steps='layer'), or {AUTOGRAD}"
             )
         self._promised.append(found)
 
     def _with_aliases(self, work: Callable[[], Tensor]) -> tuple[tuple[Tensor, ...], Callable[[], Tensor]]:
-        """``work`` with aliases of the forward pass's parameters, and its buffers, in place of those of the module.
+        """``work`` with other tensors in the module: aliases of the forward pass's parameters, and its buffers.
 
-        A tensor hook on a parameter runs for every gradient computed with respect to it, so also for the local one that
-        an engine takes on its way; the hook must see the parameter's gradient once.
+        A tensor hook on a parameter runs for every gradient with respect to that parameter. An engine computes such a
+        gradient for each step, but the hook must see the parameter's gradient once. Aliases have no hooks.
         """
         aliases = {name: _leaf(parameter) for name, parameter in self.held.parameters.items()}
         call = _Call(self.module, work)
@@ -324,7 +333,7 @@ class LayerCall:
 
 
 class _Call(nn.Module):
-    """``work`` as the forward of a module around ``module``, so that its parameters can be replaced meanwhile."""
+    """``work`` as the forward of a module around ``module``, so that ``functional_call`` can replace its parameters."""
 
     def __init__(self, module: nn.Module, work: Callable[[], Tensor]):
         super().__init__()
@@ -337,9 +346,13 @@ class _Call(nn.Module):
 
 @dataclass
 class RebuiltStep:
-    """A step's local graph, from ``sources`` (state, inputs, parameters) to Phi, of ``dtype``; and s[i-1].
+    """What rebuilding one step yields.
 
-    Of a layer that changes the shape of the hidden state: its graph, and what it computed.
+    Attributes:
+        sources: the leaves of the step's local graph: state, inputs, parameters.
+        graph: the local graph, from the sources to ``Phi``.
+        dtype: the dtype of ``Phi``.
+        previous: ``s[i-1]``; for a layer that changes the shape of the hidden state, what the layer computed.
     """
 
     sources: tuple[Tensor, ...]
@@ -357,26 +370,30 @@ class RebuiltStep:
 
 
 def dependencies(result: Tensor, sources: Sequence[Tensor]) -> tuple[set[int], str | None]:
-    """Which of ``sources`` a result was computed from, by its autograd graph, and what else that requires a gradient."""
+    """What the autograd graph of ``result`` depends on.
+
+    Returns:
+        The indices of the ``sources`` in the graph; and a description of another leaf that requires a gradient, or ``None``.
+    """
     leaves = {id(t): i for i, t in enumerate(sources) if t.requires_grad and t.grad_fn is None}
     inner = {(t.grad_fn, t.output_nr): i for i, t in enumerate(sources) if t.grad_fn is not None}
     found: set[int] = set()
     if result.grad_fn is None:  # nothing was computed
         return ({leaves[id(result)]} if id(result) in leaves else found), None
     edges: list[tuple[Any, int]] = [(result.grad_fn, 0)]
-    seen: set[Any] = set()
-    while edges:
-        edge = edges.pop()
-        if edge in inner:
+    seen: set[Any] = {None}
+    for edge in edges:  # the list grows while the loop runs
+        if inner and edge in inner:
             found.add(inner[edge])
             continue
         node = edge[0]
-        if node is None or node in seen:
+        if node in seen:
             continue
         seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is None:
-            edges.extend(node.next_functions)
+        if below := node.next_functions:
+            edges.extend(below)
+        elif (leaf := getattr(node, "variable", None)) is None:  # a node without inputs that is not a leaf
+            continue
         elif id(leaf) in leaves:
             found.add(leaves[id(leaf)])
         else:
@@ -385,29 +402,22 @@ def dependencies(result: Tensor, sources: Sequence[Tensor]) -> tuple[set[int], s
 
 
 def graph_of(value: Tensor) -> GradientEdge | None:
-    """The autograd graph that ends in ``value``, without ``value``."""
+    """The autograd graph that ends in ``value``, without a reference to ``value`` itself."""
     return get_gradient_edge(value) if value.requires_grad else None
 
 
 def _node(value: Tensor) -> Tensor:
-    """``value`` behind an autograd node of its own, where its gradient is summed up."""
+    """``value`` behind an autograd node of its own, in which the gradients of all its uses are summed."""
     return value.view_as(value)
 
 
 def _leaf(value: Any) -> Any:
-    """A tensor without its history; anything else as it is."""
+    """A tensor without its autograd history; any other value unchanged."""
     return value.detach().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
 
 
-def _highest(peaks: Sequence[Tensor]) -> Tensor:
-    highest = peaks[0]
-    for peak in peaks[1:]:
-        highest = torch.maximum(highest, peak)
-    return highest
-
-
 def _drop(tensor: Tensor) -> None:
-    """Saves nothing: the graph is there to be read and thrown away."""
+    """Save nothing. The graph is only read for its structure and then thrown away."""
 
 
 def _refuse_use(nothing: None) -> Tensor:
@@ -424,7 +434,7 @@ def _refuse_gradient(grad: Tensor) -> None:
 def check_backward_mode() -> None:
     """
     Raises:
-        RuntimeError: the backward pass under way is to be differentiated in turn, or can have no graphs.
+        RuntimeError: the current backward pass is to be differentiated itself, or runs in inference mode.
     """
     if torch.is_inference_mode_enabled():
         raise RuntimeError(

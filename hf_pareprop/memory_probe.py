@@ -1,4 +1,4 @@
-"""How much memory there is, is in use, and will be: what a budget of retention is measured with."""
+"""Measures memory for :mod:`retention`: how much is free, how much is in use, and how much autograd saves."""
 
 import os
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ STATUS = Path("/proc/self/status")
 
 
 def coming(parameter: Tensor) -> int:
-    """Bytes of the gradient that the backward pass will make of ``parameter`` and leave in memory."""
+    """Bytes of the gradient that the backward pass will compute for ``parameter`` and leave in memory."""
     if not parameter.requires_grad or parameter.grad is not None or gradient_is_consumed(parameter):
         return 0
     local = local_part(parameter)
@@ -23,13 +23,13 @@ def coming(parameter: Tensor) -> int:
 
 
 class SavedBytes:
-    """Counts what autograd saves in a piece of work: every storage once.
+    """Counts the bytes that autograd saves. Every storage is counted once.
 
     Args:
-        known: tensors that are in memory anyway, such as parameters.
+        known: tensors that are in memory anyway, such as parameters. They are not counted.
 
     Attributes:
-        total: bytes.
+        total: the number of bytes so far.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()):
@@ -43,17 +43,20 @@ class SavedBytes:
         return self._let_go + sum(self._found.values())
 
     def counting(self) -> saved_tensors_hooks:
-        """A context: what autograd saves within it is counted, and stays saved."""
+        """A context in which everything that autograd saves is counted, and stays saved."""
         return saved_tensors_hooks(self.keep, lambda tensor: tensor)
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """Pack a tensor, which stays saved."""
+        """Count a tensor that autograd saves, and keep it saved. For use as a pack hook."""
         if (key := storage_key(tensor)) not in self._known:
             self._found[key] = tensor.untyped_storage().nbytes()
-        return tensor.detach()  # not itself: a node that saves its own result would keep itself alive
+        return tensor.detach()  # not the tensor itself: a node that saves its own result would keep itself alive
 
     def hold(self, tensor: Tensor) -> None:
-        """Pack a tensor of a graph that is thrown away. It lives on until :meth:`let_go`, so that no other gets its address."""
+        """Count a tensor of a graph that will be thrown away. For use as a pack hook.
+
+        The tensor is kept alive until :meth:`let_go`, so that no other tensor gets the same address and is left out.
+        """
         self._held.append(self.keep(tensor))
 
     def let_go(self) -> None:
@@ -61,7 +64,7 @@ class SavedBytes:
 
 
 def in_use(device: torch.device) -> int:
-    """Bytes of tensors, as far as that is counted."""
+    """Bytes of tensors in use on a CUDA device; 0 on other devices, where this is not counted."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
@@ -80,7 +83,7 @@ def free_memory(device: torch.device) -> tuple[int, int]:
     """Bytes that were free at the highest peak so far, and bytes of that peak that are not in use now.
 
     Raises:
-        ValueError: not known of this device.
+        ValueError: it is not known for this kind of device.
     """
     if device.type == "cuda":
         total = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)

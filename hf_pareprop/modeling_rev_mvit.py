@@ -1,7 +1,7 @@
-"""Reversible MViTv2: the modules of timm's model under its names, the blocks that keep the shape coupled reversibly."""
+"""Reversible MViTv2: the modules of timm's model with its names. Blocks that keep the shape are coupled reversibly."""
 
 # mypy: disable-error-code="override,arg-type,union-attr,operator,assignment,return-value,misc"
-# Stock configurations type as optional what is always set, and module attributes as Tensor | Module.
+# The types of stock configurations say "optional" where a field is always set; module attributes are Tensor | Module.
 from collections import OrderedDict
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .blocks import Encoder, Layer, check_channels
+from .blocks import Encoder, Layer, TimmDropPath, check_channels
 from .configuration_rev_mvit import PATCH, BlockShape, RevMViTConfig
 from .heads import ForImageClassification
 from .modeling_reversible import HiddenState, ReversiblePreTrainedModel
@@ -22,7 +22,7 @@ from .tape import Grid, Tape
 
 
 class RevMViTPatchEmbeddings(nn.Module):
-    """Images `(batch, channels, height, width)` to embeddings `(batch, patches, width)` of patches that overlap."""
+    """Maps images `(batch, channels, height, width)` to embeddings `(batch, patches, width)` of overlapping patches."""
 
     def __init__(self, config: RevMViTConfig):
         super().__init__()
@@ -33,7 +33,7 @@ class RevMViTPatchEmbeddings(nn.Module):
         check_channels(pixel_values, self.proj.in_channels)
         rows, columns = pixel_values.shape[-2:]
         if (rows, columns) != (self.image_size, self.image_size):
-            # Its tables of relative positions would be read in wrong rows.
+            # With other sizes the tables of relative positions would be read at wrong rows.
             raise ValueError(
                 f"the images are {rows}x{columns}, the model was built for {self.image_size}x{self.image_size}, and its "
                 "relative positions are of that size: resize the images."
@@ -60,7 +60,7 @@ class RevMViTAttention(nn.Module):
             self.add_module(f"norm_{name}", nn.LayerNorm(size, eps=config.layer_norm_eps))
 
     def forward(self, hidden_states: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-        """The output `(batch, pooled patches, width)` and the attention weights `(batch, heads, queries, keys)`."""
+        """Return the output `(batch, pooled patches, width)` and the attention weights `(batch, heads, queries, keys)`."""
         batch, length, _ = hidden_states.shape
         qkv = self.qkv(hidden_states).reshape(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         query, key, value = qkv.unbind(dim=0)
@@ -74,7 +74,7 @@ class RevMViTAttention(nn.Module):
         return self.proj(context.transpose(1, 2).reshape(batch, -1, self.width)), weights
 
     def _with_positions(self, scores: Tensor, query: Tensor, query_grid: Grid, key_grid: Grid) -> Tensor:
-        """Scores of queries and keys, plus the products of queries with embeddings of their distance."""
+        """Add to the scores the products of queries with the embeddings of their distances to keys."""
         start = self.prefix_length
         patches = query[:, :, start:].reshape(*query.shape[:2], *query_grid, query.shape[-1])
         embeddings = (
@@ -97,7 +97,7 @@ class RevMViTLayer(Layer):
     def __init__(self, config: RevMViTConfig, shape: BlockShape, drop_path_rate: float):
         super().__init__()
         self.changes_shape, self.stride = shape.is_transition, shape.stride
-        self.prefix_length, self.drop_path_rate = int(config.use_cls_token), drop_path_rate
+        self.prefix_length, self.drop_path = int(config.use_cls_token), TimmDropPath(drop_path_rate)
         self.shortcut_pool = partial(nn.functional.max_pool2d, kernel_size=3, stride=shape.stride, padding=1)
         widening = nn.Linear(shape.width_in, shape.width_out) if shape.width_in != shape.width_out else None
         self.norm1 = nn.LayerNorm(shape.width_in, eps=config.layer_norm_eps)
@@ -110,7 +110,7 @@ class RevMViTLayer(Layer):
         self.mlp = nn.Sequential(OrderedDict(layers))
 
     def forward(self, hidden_states: Tensor, *, tape: Tape, **kwargs) -> Tensor:
-        """From one hidden state to the next, `(batch, patches, width)`; `tape` carries what travels beside it."""
+        """Map a hidden state `(batch, patches, width)` to the next. `tape` carries the state before it."""
         grid, dtype = tape.grid, tape.dtype
 
         def attention_step(state: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,29 +118,21 @@ class RevMViTLayer(Layer):
             residual = state if self.shortcut_proj_attn is None else self.shortcut_proj_attn(normed)
             if self.stride > 1:
                 residual, _ = pooled(residual, self.prefix_length, grid, self.shortcut_pool)
-            return residual, self._drop_path(self.attn(normed, grid)[0])
+            return residual, self.drop_path(self.attn(normed, grid)[0])
 
         def mlp_step(state: Tensor) -> tuple[Tensor, Tensor]:
-            # A transition may change the dtype as well: with an fp32 CLS token, stage 1 is fp32 in autocast, too.
+            # A transition may change the dtype as well: with an fp32 CLS token, stage 1 is fp32 even in autocast.
             normed = self.norm2(state if self.changes_shape else state.to(dtype))
             residual = state if self.shortcut_proj_mlp is None else self.shortcut_proj_mlp(normed)
-            return residual, self._drop_path(self.mlp(normed))
+            return residual, self.drop_path(self.mlp(normed))
 
         hidden_states = tape.layer(self, (attention_step, mlp_step), hidden_states)
         tape.grid = (grid[0] // self.stride, grid[1] // self.stride)
         return hidden_states
 
-    def _drop_path(self, branch: Tensor) -> Tensor:
-        """`branch`, in training left out of some samples of the batch at random (stochastic depth)."""
-        if not (self.training and self.drop_path_rate):
-            return branch
-        keep = 1 - self.drop_path_rate
-        mask = branch.new_empty(branch.shape[0], 1, 1).bernoulli_(keep)  # drawn and scaled as timm does
-        return branch * mask.div_(keep)
-
 
 class RevMViTEncoder(Encoder):
-    """The stages, as modules that are called 0, 1, 2, …"""
+    """Runs the stages, which are modules with the names 0, 1, 2, …"""
 
     def __init__(self, config: RevMViTConfig):
         super().__init__(config)
@@ -190,12 +182,12 @@ class RevMViTPreTrainedModel(ReversiblePreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, key_mapping=None, **kwargs):
-        """As in transformers; also from checkpoints of timm, and from those that `TimmWrapperModel` and its heads wrote."""
+        """As in transformers. Checkpoints of timm load as well, and those of `TimmWrapperModel` and its heads."""
         mapping = {r"^timm_model\.": "", **(key_mapping or {})}
         return super().from_pretrained(pretrained_model_name_or_path, *model_args, key_mapping=mapping, **kwargs)
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:
-        """As in transformers; with the names of this model, whatever those of the checkpoint were that it came from."""
+        """As in transformers. Parameters get the names of this model, even if its checkpoint had other names."""
         super().save_pretrained(save_directory, is_main_process, **{"save_original_format": False, **kwargs})
 
 
@@ -226,8 +218,10 @@ class RevMViTModel(RevMViTPreTrainedModel):
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(self, pixel_values: Tensor | None = None, **kwargs) -> BaseModelOutputWithPooling:
-        """`(batch, channels, size, size)` images in; out, states `(batch, patches, width)` of the last grid, the CLS token's
-        before them if there is one, and `pooler_output` `(batch, width)`: that token's, or else their mean.
+        """Map images `(batch, channels, size, size)` to states `(batch, patches, width)` of the last grid.
+
+        If there is a CLS token, its state comes first and is the `pooler_output`, `(batch, width)`. Otherwise the mean of all
+        states is.
 
         Raises:
             ValueError: no images are given, or they have another size or number of channels than the model was built for.

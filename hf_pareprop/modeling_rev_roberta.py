@@ -1,7 +1,7 @@
-"""Reversible RoBERTa: the modules and parameter names of the stock model, its layers coupled reversibly."""
+"""Reversible RoBERTa: the modules and parameter names of the stock model, with layers that are coupled reversibly."""
 
 # mypy: disable-error-code="override,arg-type,union-attr,operator,assignment"
-# Stock configurations type as optional what is always set, and module attributes as Tensor | Module.
+# The types of stock configurations say "optional" where a field is always set; module attributes are Tensor | Module.
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
@@ -29,7 +29,6 @@ from .heads import (
     ForTokenClassification,
     LanguageModelHead,
 )
-from .layer_call import named_parameters_of
 from .modeling_reversible import HiddenState, ReversiblePreTrainedModel
 from .tape import Tape
 
@@ -75,7 +74,7 @@ class RevRobertaEmbeddings(nn.Module):
             positions = (torch.cumsum(tokens, dim=1).type_as(tokens) * tokens).long() + self.padding_idx
             length = input_ids.shape[1]
         limit = self.position_embeddings.num_embeddings - self.padding_idx - 1
-        # Padding takes no position, so a longer sequence may still fit; only then is the device asked.
+        # Padding takes no position, so a longer sequence may still fit. Only then the value is read from the device.
         if length > limit and int(positions.max()) >= self.position_embeddings.num_embeddings:
             raise ValueError(
                 f"a sequence has more than {limit} tokens (the inputs are {length} long) but the model has "
@@ -90,7 +89,7 @@ class RevRobertaSelfAttention(SelfAttention):
 
 
 class RevRobertaOutput(Dense):
-    """Projection and dropout that end a sub-block. Its LayerNorm is applied by whoever reads the next state."""
+    """The projection and the dropout that end a sub-block. This layer or the next one applies the LayerNorm."""
 
     def __init__(self, config: RevRobertaConfig, in_features: int):
         super().__init__(in_features, config.hidden_size, nn.Dropout(config.hidden_dropout_prob))
@@ -108,10 +107,11 @@ class RevRobertaAttention(nn.Module):
 
 
 class RevRobertaLayer(Layer):
-    """An attention step and an MLP step. Post-LN: the LayerNorm that ends a step is applied by the step that reads it.
+    """An attention step and an MLP step. Post-LN: the next step applies the LayerNorm that ends a step.
 
-    So a layer returns the hidden state before its last LayerNorm, which the next layer applies. The norm's parameters travel
-    there as tensors, because under FSDP2 a layer's own parameters are gone once the layer has run.
+    So a layer returns the hidden state before its last LayerNorm, and the next layer applies that norm. The norm's parameters
+    are passed on as tensors, because under FSDP2 a layer's own parameters are gone once the layer has run. With
+    `steps="layer"` a layer applies all of its norms, and returns the hidden state of the stock layer.
     """
 
     def __init__(self, config: RevRobertaConfig):
@@ -122,23 +122,20 @@ class RevRobertaLayer(Layer):
         self.output = RevRobertaOutput(config, config.intermediate_size)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, tape: Tape, **kwargs) -> Tensor:
-        """From one hidden state to the next, `(batch, length, width)`; `tape` carries what travels beside it."""
-        norm_module, norm = tape.norm
-        dtype = tape.dtype
+        """Map a hidden state `(batch, length, width)` to the next. `tape` carries the state before it."""
+        dtype, (norm_before, norm_parameters) = tape.dtype, tape.norm
         attend = self.attention.self.attention_function()
 
         def attention_step(state: Tensor, mask: Tensor | None, *norm: Tensor) -> tuple[Tensor, Tensor]:
-            hidden_states = apply_norm(norm_module, norm, state.to(dtype))
+            hidden_states = apply_norm(norm_before, norm, state.to(dtype))
             return hidden_states, self.attention(hidden_states, mask, attend=attend, **kwargs)
 
         def mlp_step(state: Tensor, mask: Tensor | None, *norm: Tensor) -> tuple[Tensor, Tensor]:
             hidden_states = self.attention.output.LayerNorm(state.to(dtype))
             return hidden_states, self.feed_forward(hidden_states)
 
-        hidden_states = tape.layer(self, (attention_step, mlp_step), hidden_states, (attention_mask, *norm))
-        own = self.output.LayerNorm
-        tape.norm = own, tuple(p.clone() for p in named_parameters_of(own).values())
-        return hidden_states
+        inputs = attention_mask, *norm_parameters
+        return tape.layer(self, (attention_step, mlp_step), hidden_states, inputs, self.output.LayerNorm)
 
     def feed_forward(self, hidden_states: Tensor) -> Tensor:
         if self.chunk_size == 0:
@@ -198,13 +195,13 @@ class RevRobertaModel(RevRobertaPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
-        """Arguments and shapes are those of [`RobertaModel`]; `(batch, length)` ids in, `(batch, length, width)` out.
+        """Map ids `(batch, length)` to states `(batch, length, width)`. The arguments are those of [`RobertaModel`].
 
-        An encoder has no cache: `use_cache` is in the signature because every RoBERTa configuration sets it.
+        An encoder has no cache. `use_cache` is in the signature because every RoBERTa configuration sets it.
 
         Raises:
             ValueError: not exactly one of `input_ids` and `inputs_embeds` is given, a sequence has more tokens than the
-                model has positions, or there is an input of decoders.
+                model has positions, or an input is given that only decoders use.
         """
         refuse_decoder_inputs(kwargs)
         if (input_ids is None) == (inputs_embeds is None):

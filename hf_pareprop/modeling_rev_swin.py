@@ -1,7 +1,7 @@
-"""Reversible Swin: the modules of the stock model under their Hub names, its layers coupled reversibly."""
+"""Reversible Swin: the modules of the stock model, with their names on the Hub, and layers that are coupled reversibly."""
 
 # mypy: disable-error-code="override,arg-type,union-attr,operator,assignment,return-value,misc"
-# Stock configurations type as optional what is always set, and module attributes as Tensor | Module.
+# The types of stock configurations say "optional" where a field is always set; module attributes are Tensor | Module.
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
@@ -80,14 +80,14 @@ class RevSwinEmbeddings(nn.Module):
             return self.position_embeddings
         if not interpolate:
             raise ValueError(
-                f"the images have {grid[0]}x{grid[1]} patches, the model has positions for {own[0]}x{own[1]}: resize them, or "
-                "pass interpolate_pos_encoding=True."
+                f"the images have {grid[0]}x{grid[1]} patches, the model has positions for {own[0]}x{own[1]}: resize the images, "
+                "or pass interpolate_pos_encoding=True."
             )
         return resized_positions(self.position_embeddings, own, grid)
 
 
 class RevSwinSelfAttention(SelfAttention):
-    """Within windows, with a learned bias for every relative position."""
+    """Self-attention within windows, with a learned bias for every relative position."""
 
     def __init__(self, config: RevSwinConfig, width: int, heads: int):
         super().__init__(config, width, heads)
@@ -96,7 +96,7 @@ class RevSwinSelfAttention(SelfAttention):
         self.relative_position_index = nn.Buffer(self.relative_positions(), persistent=False)
 
     def relative_positions(self) -> Tensor:
-        """For every two patches of a window the row of the table, `(patches, patches)`."""
+        """For every two patches of a window, their row in the bias table: `(patches, patches)`."""
         side = torch.arange(self.window_size)
         rows, columns = (axis.flatten() for axis in torch.meshgrid(side, side, indexing="ij"))
         apart = (axis[:, None] - axis[None, :] + self.window_size - 1 for axis in (rows, columns))
@@ -104,7 +104,7 @@ class RevSwinSelfAttention(SelfAttention):
         return down * (2 * self.window_size - 1) + across
 
     def forward(self, windows: Tensor, mask: Tensor | None, **kwargs) -> tuple[Tensor, Tensor | None]:
-        """`(images * windows, patches, width)`; `mask` of shape `(windows, patches, patches)` is added to the scores."""
+        """`windows` has the shape `(images * windows, patches, width)`. `mask`, `(windows, patches, patches)`, is added."""
         bias = (
             self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1).contiguous().unsqueeze(0)
         )
@@ -115,7 +115,7 @@ class RevSwinSelfAttention(SelfAttention):
 
 
 class RevSwinRecordedSelfAttention(RevSwinSelfAttention):
-    """That of a stage's last layer, whose attention maps are the stage's."""
+    """The self-attention of a stage's last layer. Its attention maps are recorded as those of the stage."""
 
 
 class RevSwinAttention(nn.Module):
@@ -129,7 +129,7 @@ class RevSwinAttention(nn.Module):
 
 
 class RevSwinLayer(Layer):
-    """An attention step, in windows that every second layer shifts, and an MLP step. Pre-LN: the residual is the state itself.
+    """An attention step and an MLP step. Pre-LN: the residual is the state itself. Every second layer shifts the windows.
 
     As in the stock model, drop path acts on the attention step alone.
     """
@@ -148,10 +148,10 @@ class RevSwinLayer(Layer):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, hidden_states: Tensor, *, tape: Tape, always_partition: bool = False, **kwargs) -> Tensor:
-        """From one hidden state to the next, `(batch, patches, width)`; `tape.grid` says how many rows and columns.
+        """Map a hidden state `(batch, patches, width)` to the next. `tape.grid` has the numbers of rows and columns.
 
         Args:
-            always_partition: whether a grid no larger than a window is shifted, too, and a smaller one padded.
+            always_partition: whether to shift also a grid that is no larger than a window, and to pad a smaller one.
 
         Raises:
             ValueError: the grid is smaller than a window.
@@ -164,7 +164,7 @@ class RevSwinLayer(Layer):
             )
         shift = self.shift_size if always_partition or min(grid) > window else 0
         padded = tuple(size + -size % window for size in grid)
-        mask = shift_mask(padded, window, shift, self.attention.self.relative_position_bias_table) if shift else None
+        mask = shift_mask(padded, window, shift, hidden_states.device, dtype) if shift else None
         attend = self.attention.self.attention_function()
 
         def attention_step(state: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -183,7 +183,7 @@ class RevSwinLayer(Layer):
 
 
 class RevSwinPatchMerging(nn.Module):
-    """Four patches of a hidden state become one of twice the width; odd grids are padded."""
+    """Merges every four patches of a hidden state into one of twice the width. Odd grids are padded."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -198,7 +198,7 @@ class RevSwinPatchMerging(nn.Module):
 
 
 def merged(grid: Grid) -> Grid:
-    """The grid that patch merging makes of one."""
+    """The grid after patch merging."""
     return (grid[0] + 1) // 2, (grid[1] + 1) // 2
 
 
@@ -239,15 +239,15 @@ class RevSwinEncoder(Encoder):
         output_hidden_states_before_downsampling: bool = False,
         **kwargs,
     ) -> Tensor:
-        """As in :class:`~blocks.Encoder`, with patches merged between stages; hidden states are recorded for each stage.
+        """As in :class:`~blocks.Encoder`. Patches are merged between stages, and hidden states are recorded for each stage.
 
         Args:
-            maps: becomes the embeddings and the hidden state of every stage as `(batch, width, rows, columns)`.
-            output_hidden_states_before_downsampling: whether those are from before patches are merged.
+            maps: a list to fill with the embeddings and the hidden state of every stage, as `(batch, width, rows, columns)`.
+            output_hidden_states_before_downsampling: whether those are the states before patches are merged.
         """
         tape.grid = grid
         output, hidden_states = embeddings, tape.start(embeddings)
-        found = [] if maps is None else [map_of(embeddings, grid)]  # which would keep hidden states in memory
+        found = [] if maps is None else [map_of(embeddings, grid)]  # only if asked for: maps stay in memory
         for stage in self.layers:
             for layer in stage.blocks:
                 hidden_states = layer(hidden_states, tape=tape, **kwargs)
@@ -278,7 +278,8 @@ class RevSwinPreTrainedModel(ReversiblePreTrainedModel):
         "AutoModelForMaskedImageModeling": "modeling_rev_swin.RevSwinForMaskedImageModeling",
         "AutoBackbone": "modeling_rev_swin.RevSwinBackbone",
     }
-    _supports_flash_attn = False  # neither takes the learned bias of positions
+    late_parameter = "self.relative_position_bias_table"
+    _supports_flash_attn = False  # flash and flex attention do not support the learned bias of positions
     _supports_flex_attn = False
     _no_split_modules = ["RevSwinEmbeddings", "RevSwinLayer"]
     _keys_to_ignore_on_load_unexpected = [r"relative_position_index"]
@@ -324,7 +325,7 @@ class RevSwinModel(RevSwinPreTrainedModel):
         interpolate_pos_encoding: bool | None = None,
         **kwargs,
     ) -> StagedModelOutput:
-        """`(batch, channels, height, width)` images of any size in, `(batch, patches of the last stage, width)` states out.
+        """Map images `(batch, channels, height, width)` of any size to states `(batch, patches of the last stage, width)`.
 
         Raises:
             ValueError: no images are given, they have another number of channels than the model was built for, or a stage has
@@ -353,7 +354,7 @@ class RevSwinModel(RevSwinPreTrainedModel):
 
     @capture_outputs(tie_last_hidden_states=False)
     def _encoded(self, *inputs, **kwargs) -> BaseModelOutput:
-        """What the encoder returns, and what is recorded within it."""
+        """What the encoder returns, and the outputs that are recorded within it."""
         return BaseModelOutput(last_hidden_state=self.encode(*inputs, **kwargs))
 
 
@@ -382,7 +383,7 @@ class RevSwinForMaskedImageModeling(ForMaskedImageModeling, RevSwinPreTrainedMod
 
 
 class RevSwinBackbone(Backbone, RevSwinPreTrainedModel):
-    """[`SwinBackbone`] with reversible layers. As there, windows are shifted also where a stage is no larger than one."""
+    """[`SwinBackbone`] with reversible layers. As there, windows are shifted even if a stage is no larger than a window."""
 
     base_class = RevSwinModel
     base_arguments = {"always_partition": True, "output_hidden_states_before_downsampling": True}

@@ -1,7 +1,7 @@
-"""Reversible ViT: the modules of the stock model under their Hub names, its layers coupled reversibly."""
+"""Reversible ViT: the modules of the stock model, with their names on the Hub, and layers that are coupled reversibly."""
 
 # mypy: disable-error-code="override,arg-type,union-attr,operator,assignment"
-# Stock configurations type as optional what is always set, and module attributes as Tensor | Module.
+# The types of stock configurations say "optional" where a field is always set; module attributes are Tensor | Module.
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
@@ -34,15 +34,15 @@ class RevViTEmbeddings(nn.Module):
     def __init__(self, config: RevViTConfig, use_mask_token: bool = False):
         super().__init__()
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
-        self.distillation_token = (
-            nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if config.distillation_token else None
-        )
         self.prefix_length = 2 if config.distillation_token else 1
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if use_mask_token else None
         self.patch_embeddings = PatchEmbeddings(config, config.hidden_size)
         rows, columns = self.patch_embeddings.grid
         self.position_embeddings = nn.Parameter(
             torch.zeros(1, self.prefix_length + rows * columns, config.hidden_size)
+        )
+        self.distillation_token = (
+            nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if config.distillation_token else None
         )
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
@@ -99,7 +99,7 @@ class RevViTLayer(Layer):
         self.output = Dense(config.intermediate_size, config.hidden_size, nn.Dropout(config.hidden_dropout_prob))
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, tape: Tape, **kwargs) -> Tensor:
-        """From one hidden state to the next, `(batch, patches, width)`; `tape` carries what travels beside it."""
+        """Map a hidden state `(batch, patches, width)` to the next. `tape` carries the state before it."""
         dtype = tape.dtype
         attend = self.attention.attention.attention_function()
 
@@ -162,7 +162,7 @@ class RevViTModel(RevViTPreTrainedModel):
         attention_mask: Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
-        """`(batch, channels, height, width)` images in, `(batch, 1 + patches, width)` states out, or 2 with a distillation token.
+        """Map images `(batch, channels, height, width)` to states `(batch, 1 + patches, width)`; 2 with a distillation token.
 
         Raises:
             ValueError: no images are given, or they have another size or number of channels than the model was built for.

@@ -1,8 +1,8 @@
-"""Looking on while a model trains: what verification, accounting and tracing see of a forward pass and its backward.
+"""Observe a model while it trains: what verification, accounting and tracing see of a forward pass and its backward.
 
 with observing(observer):
     loss = model(**batch).loss
-loss.backward()  # the observer sees this, too
+loss.backward()  # the observer sees this as well
 """
 
 from collections.abc import Iterator
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
 
 class Observer:
-    """Sees what happens and changes nothing; every method may be left out.
+    """Sees what happens and changes nothing. A subclass overrides the methods that it needs.
 
-    Layers are counted from 0 in the order of their calls, steps from 0 within a layer. With an engine that overlaps, methods
-    that say so are called on another thread.
+    Layers are counted from 0 in the order of their calls, steps from 0 within a layer. With an engine that overlaps, some
+    methods may be called on another thread; their docstrings say so.
     """
 
     def layer_begins(self, position: int, pair: "Pair", limit: float) -> None:
-        """A layer that will be rebuilt begins its forward pass on ``pair``; states stay below ``limit``."""
+        """A layer that will be rebuilt begins its forward pass with ``pair``. States have to stay below ``limit``."""
 
     def layer_keeps(self, position: int, tensors: list[Tensor]) -> None:
-        """The layer ended: its states, and what it keeps for the backward pass."""
+        """The forward pass of the layer ended. ``tensors`` are its states, and what it keeps for the backward pass."""
 
     def forward_ends(self, peak: Tensor, grid_bits: int | None) -> None:
         """The encoder ended; ``peak`` is the largest magnitude in its states, in units of the grid."""
@@ -44,20 +44,20 @@ class Observer:
         return nullcontext()
 
     def layer_rebuilt(self, position: int, pair: "Pair") -> None:
-        """The backward pass of a layer has rebuilt the pair that it began on."""
+        """The backward pass of a layer has rebuilt the pair with which its forward pass began."""
 
 
 _observer: ContextVar[Observer] = ContextVar("observer", default=Observer())  # noqa: B039  it has no state
 
 
 def current_observer() -> Observer:
-    """The one that sees forward passes which begin now, and their backward passes."""
+    """The observer of forward passes that begin now, and of their backward passes."""
     return _observer.get()
 
 
 @contextmanager
 def observing(observer: Observer) -> Iterator[None]:
-    """Have ``observer`` see the forward passes that begin in this context, and their backward passes."""
+    """In this context ``observer`` sees the forward passes that begin, and later their backward passes."""
     token = _observer.set(observer)
     try:
         yield

@@ -9,7 +9,10 @@ from .tape import Grid
 
 
 def pooled(states: Tensor, prefix_length: int, grid: Grid, pool: Callable[[Tensor], Tensor]) -> tuple[Tensor, Grid]:
-    """Patches `(..., patches, width)` pooled to a coarser grid, and that grid. A CLS token before them stays as it is."""
+    """Pool patches `(..., patches, width)` to a coarser grid. Returns them and that grid.
+
+    The first `prefix_length` tokens, such as a CLS token, are not pooled.
+    """
     prefix, patches = states[..., :prefix_length, :], states[..., prefix_length:, :]
     planes = pool(patches.reshape(-1, *grid, states.shape[-1]).permute(0, 3, 1, 2).contiguous())
     patches = planes.reshape(*states.shape[:-2], states.shape[-1], -1).transpose(-1, -2)
@@ -18,7 +21,7 @@ def pooled(states: Tensor, prefix_length: int, grid: Grid, pool: Callable[[Tenso
 
 
 def distances(queries: int, keys: int, device: torch.device) -> Tensor:
-    """The row of a table of relative positions for every query and key along one axis, `(queries, keys)`.
+    """Indices `(queries, keys)` into a table of relative positions, for every query and key along one axis.
 
     Distances are in steps of the finer of the two grids.
     """

@@ -1,4 +1,4 @@
-"""Run a step a second time under the conditions of the first: random numbers, autocast, kernels, modes, kept results."""
+"""Run a step again under the conditions of its first run: random numbers, autocast, kernels, modes, kept results."""
 
 import ctypes
 import threading
@@ -29,12 +29,12 @@ FLAGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
     (torch.get_default_dtype, torch.set_default_dtype),
 )
-"""Which kernels PyTorch chooses: how each flag is read and set."""
+"""The global flags by which PyTorch chooses kernels: for each, a function that reads it and one that sets it."""
 
 
 @contextmanager
 def uncached_autocast(device: torch.device) -> Iterator[None]:
-    """The autocast of the caller without its weight cache, as a rebuild would run."""
+    """The autocast of the caller, without its weight cache. A rebuild runs like this as well."""
     with _autocast(_autocast_settings(device)):
         yield
 
@@ -57,35 +57,39 @@ def _autocast(settings: Sequence[tuple[str, torch.dtype, bool]]) -> Iterator[Non
 
 
 class Conditions:
-    """What the results of a layer depend on besides its arguments and parameters, as it was in the forward pass.
+    """Everything that the results of a layer depend on besides its arguments and parameters, as it was in the forward pass.
 
-    Autocast is re-entered always without its weight cache: a cast that is cached without gradients would cut the
-    gradients of a rebuild, if the backward pass ran inside the same autocast region.
+    Autocast is always entered again without its weight cache. A cast that was cached without gradients would cut the
+    gradients of a rebuild if the backward pass ran inside the same autocast region.
 
     Args:
-        modules: the layer and all modules in it, whose training flags count.
-        device: of the layer.
+        modules: the layer and all modules in it. Their training flags are noted.
+        device: the device of the layer.
     """
 
     def __init__(self, modules: Sequence[nn.Module], device: torch.device):
         self.device = device
         self._modules = modules
         self._training = [module.training for module in modules]
-        self._flags = [read() for read, _ in FLAGS]
         self._autocast = _autocast_settings(device)
+        self.note_flags()
+
+    def note_flags(self) -> None:
+        """Note PyTorch's flags. Call this after the layer has run: the first attention call sets the order of its kernels."""
+        self._flags = [read() for read, _ in FLAGS]
 
     def in_autocast(self) -> AbstractContextManager[None]:
         """The autocast of the forward pass."""
         return _autocast(self._autocast)
 
     def hold(self) -> bool:
-        """Whether flags and modes are what they were; autocast is each thread's own."""
+        """Whether flags and modes are what they were. Autocast is left out, because every thread has its own."""
         flags = all(read() == then for (read, _), then in zip(FLAGS, self._flags, strict=True))
         return flags and all(m.training == then for m, then in zip(self._modules, self._training, strict=True))
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """All of it. What is the same now, as it mostly is, is not touched."""
+        """A context with the conditions of the forward pass. Flags and modes that have not changed are not touched."""
         with ExitStack() as stack:
             for (read, write), then in zip(FLAGS, self._flags, strict=True):
                 if (now := read()) != then:
@@ -102,13 +106,13 @@ class Conditions:
 class StepContext:
     """What one step needs to run again bit for bit.
 
-    Random numbers are replayed from the generators' states before the step, and only if the step drew some; the
-    generators are left as they were found, so the global stream of random numbers is the one plain training sees.
-    In a CUDA graph, whose generators have no states to go back to, see :mod:`cuda_rng`.
+    Random numbers are replayed only if the step drew some. The generators are set to their states before the step, and
+    afterwards back to the states in which they were found. So the global stream of random numbers is the same as in plain
+    training. In a CUDA graph generators have no states to go back to; see :mod:`cuda_rng`.
 
     Args:
-        conditions: of the layer.
-        saves_linears: whether results of linear layers are kept, which are then not computed again.
+        conditions: those of the layer.
+        saves_linears: whether results of linear layers are kept, so that they are not computed again.
     """
 
     __slots__ = ("_after", "_replica", "_rng", "conditions", "linears")
@@ -160,7 +164,7 @@ class StepContext:
         after = [hash(_bytes(source.get_state())) for source in generators(self.conditions.device)]
         if after != self._after:
             raise RuntimeError(
-                "a step drew other random numbers when it was run again for the backward pass than in the forward pass: another "
+                "a step drew other random numbers when it ran again in the backward pass than in the forward pass: another "
                 "thread draws random numbers while dropout is replayed, or dropout was changed in between. Avoid that, or call "
                 "model.set_backward_engine('autograd') before the forward pass, which stores activations."
             )
@@ -171,10 +175,10 @@ class StepContext:
 
 
 def _from_states(sources: Sequence[Any], states: Sequence[Tensor], work: Callable[[], T]) -> T:
-    """``work()`` with the generators ``sources`` in ``states``; then they are as they were found.
+    """``work()`` with the generators ``sources`` set to ``states``. Afterwards they have the states in which they were found.
 
-    Also after a ``KeyboardInterrupt``, which comes between two bytecodes of the main thread: the first thing in the
-    ``finally`` block is a call into C, which it cannot come between.
+    This holds after a ``KeyboardInterrupt`` as well. Python raises it between two bytecodes of the main thread, and the
+    ``finally`` block begins with a single call into C, which it cannot interrupt.
     """
     if not sources:
         return work()
@@ -188,5 +192,8 @@ def _from_states(sources: Sequence[Any], states: Sequence[Tensor], work: Callabl
 
 
 def _bytes(state: Tensor) -> bytes:
-    """Past the dispatcher: three times as fast, and a generator's state is real also where all tensors are fake."""
+    """The bytes of a generator's state, read from memory directly.
+
+    That is three times as fast as an operation of PyTorch. It also works where all tensors are fake: the state is real.
+    """
     return ctypes.string_at(state.data_ptr(), state.nbytes)

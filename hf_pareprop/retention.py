@@ -1,11 +1,11 @@
-"""What is not rebuilt: layers that keep their graphs, or results of their linear layers, while memory allows.
+"""What is kept instead of being rebuilt, if there is memory for it: graphs of layers, or results of their linear layers.
 
-Rebuilding a layer costs another forward of it, so it is done for as few layers as memory asks for. The backward pass
-begins with the last layers: what they keep is the first to be freed, before the gradients of all parameters exist.
+Rebuilding a layer costs another forward of it, so as few layers are rebuilt as the memory allows. The last layers keep
+something first. The backward pass begins with them, so what they keep is freed before the gradients of all parameters exist.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import accumulate
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -17,32 +17,30 @@ from .cuda_rng import capturing, schedule
 from .layer_call import LayerCall
 from .memory_probe import SavedBytes, coming, free_memory, in_use
 from .plan import LayerPlan, parse_budget
+from .processes import check_may_repeat
 from .saved_linear import SavedLinears
 
 Shape = tuple[torch.Size, torch.dtype, bool]
-"""Of the embeddings, their dtype, and whether in autocast."""
+"""The shape and the dtype of the embeddings, and whether autocast is on."""
 
 SHARE = {"cuda": 0.9, "cpu": 0.5}
-"""The part of the free memory that "auto" uses: fragments get lost on CUDA, and others want a share of a CPU's."""
+"""The fraction of free memory that "auto" uses. CUDA loses some to fragmentation; other processes need some of a CPU's."""
 
 WARM_UPS = 2
-"""Steps before free memory is looked at: after the first one the optimizer has its state, so the second is typical."""
-
-STEPS = 2
-"""Of a layer."""
+"""Free memory is read after this many steps. The first one creates the optimizer's state, so the second one is typical."""
 
 
 Kind = tuple[int, bool]
-"""Layers of one kind keep the same: the stage that they are in, and whether they change the shape of the hidden state."""
+"""The stage of a layer, and whether it changes the shape of the hidden state. Layers of one kind keep equally much."""
 
 
 class Sizes(NamedTuple):
-    """What a layer keeps.
+    """How much a layer can keep.
 
     Attributes:
-        graph: bytes, with its graph.
-        linears: bytes, with the results of its narrowing linear layers alone.
-        elements: of its state.
+        graph: bytes of its graph.
+        linears: bytes of the results of its narrowing linear layers.
+        elements: the number of elements of its state.
     """
 
     graph: float = 0.0
@@ -63,10 +61,10 @@ class RetentionPlan(NamedTuple):
     """What one forward pass keeps.
 
     Attributes:
-        graphs: so many of the last layers keep their graphs,
-        linears: and so many below those the results of their narrowing linear layers.
-        bytes: that this takes.
-        unmeasured: the shape of the batch, if what layers keep for it is to be measured.
+        graphs: how many of the last layers keep their graphs.
+        linears: how many layers below those keep the results of their narrowing linear layers.
+        bytes: how many bytes this takes.
+        unmeasured: the shape of the batch, if this forward pass has to measure what layers keep for it.
     """
 
     graphs: int = 0
@@ -76,9 +74,9 @@ class RetentionPlan(NamedTuple):
 
 
 def share_out(allowance: float, layers: Sequence[Sizes]) -> RetentionPlan:
-    """What of ``layers``, from the first one on, to keep within ``allowance`` bytes.
+    """Decide what ``layers``, given from first to last, keep within ``allowance`` bytes.
 
-    Results of linear layers first: for their size they save several times as much time as whole graphs do.
+    Results of linear layers come first: per byte they save several times as much time as whole graphs do.
     """
     last_first = layers[::-1]
     linears = _fitting(allowance, [size.linears for size in last_first])
@@ -90,7 +88,7 @@ def share_out(allowance: float, layers: Sequence[Sizes]) -> RetentionPlan:
 
 
 def _fitting(allowance: float, sizes: Sequence[float]) -> int:
-    """How many of ``sizes``, from the first one on, fit."""
+    """How many of ``sizes``, from the first one on, fit into ``allowance``."""
     return sum(total <= max(0, allowance) for total in accumulate(sizes))
 
 
@@ -100,27 +98,27 @@ def _plan(last_first: Sequence[Sizes], graphs: int, linears: int) -> RetentionPl
 
 
 class Retention:
-    """Decides how many of the last layers keep something, for every shape of batch.
+    """Decides for every shape of batch how many of the last layers keep something.
 
-    With a budget, what layers of every kind keep is measured once for each shape, in its first forward pass, and as much is
-    kept as fits. The gradients of parameters are a budget that costs nothing: they do not exist yet while
-    what is kept is in memory, and make the peak, at the end of the backward pass.
+    The first forward pass with a new shape measures what layers of every kind keep. After that, as much is kept as fits into
+    the budget. The budget ``"gradients"`` costs no memory: the peak is at the end of the backward pass, when all gradients
+    of parameters exist, and what was kept has been freed by then.
 
-    Free memory is what the first two steps leave at their peak, with nothing kept (on CUDA; on a CPU, what is free when
-    the third step begins). For larger batches than theirs it shrinks in proportion, and by what is allocated later, such
-    as the optimizer's state after several forward passes of gradient accumulation.
+    On CUDA, free memory is what the first two steps leave free at their peak, with nothing kept. On a CPU it is what is free
+    when the third step begins. It is reduced in proportion for larger batches than those, and by what is allocated later,
+    such as the optimizer's state after several forward passes of gradient accumulation.
 
     Args:
         budget: see :func:`~plan.parse_budget`.
-        parameters: of the layers, as they are when called.
-        logits: numbers that the head computes of every state, each three times in fp32 (log-softmax, gradient), while
-            all that is kept is in memory.
+        parameters: a function that returns the parameters of the layers.
+        logits: how many numbers the head computes from one position of the hidden states. Each is in memory three times in
+            fp32 (logits, log-softmax, gradient) while everything that is kept is in memory too.
 
     Attributes:
-        latest: what the last forward pass with a budget kept; ``None`` before there was one that knew.
+        latest: what the last forward pass with a budget kept; ``None`` before the first one whose shape was measured.
 
     Raises:
-        ValueError: the budget is not one.
+        ValueError: ``budget`` is not a budget.
     """
 
     def __init__(
@@ -137,28 +135,28 @@ class Retention:
         self._steps = 0
         self._largest = 0
         self._allowance: float | None = None  # bytes that may be kept
-        self._per_element = 0.0  # by which that shrinks for larger batches
-        self._in_use = float("inf")  # bytes, when the allowance was found
-        self._most = float("inf")  # bytes, since memory ran out
-        self._waiting: WeakKeyDictionary[object, float] = WeakKeyDictionary()  # bytes, of other forward passes
+        self._per_element = 0.0  # bytes by which the allowance shrinks per element of a larger batch
+        self._in_use = float("inf")  # bytes in use when the allowance was found
+        self._most = float("inf")  # most bytes to keep, after memory has run out once
+        self._waiting: WeakKeyDictionary[object, float] = WeakKeyDictionary()  # bytes kept by other forward passes
 
     def __reduce__(self) -> Any:
-        # A copy, or one in another process, measures for itself.
+        # A copy measures for itself, in this process or in another one.
         return Retention, (self._text, self._parameters, self._logits)
 
     @property
     def measured(self) -> dict[Shape, dict[Kind, Sizes]]:
-        """What layers of every kind keep, for every shape that was measured."""
+        """For every shape that was measured, what layers of every kind keep."""
         return {shape: dict(sizes) for shape, sizes in self._sizes.items()}
 
-    @torch.compiler.disable  # its counting would be compiled anew at every step
+    @torch.compiler.disable  # the step counter changes, so it would be compiled again at every step
     def plan(self, embeddings: Tensor, plans: Sequence[LayerPlan]) -> RetentionPlan:
         """What to keep in the forward pass that begins with ``embeddings``.
 
         Raises:
             ValueError: the free memory of this device is not known.
         """
-        if capturing(embeddings.device):  # into a CUDA graph, which repeats the forward pass before it
+        if capturing(embeddings.device):  # a CUDA graph keeps what the ordinary forward pass before it kept
             followed = schedule()
             return RetentionPlan() if followed is None or followed.kept is None else followed.kept
         kept = self._plan(embeddings, plans)
@@ -181,8 +179,8 @@ class Retention:
         if allowance is None:
             return RetentionPlan(unmeasured=unmeasured)
         if budget.gradients:
-            # Of the last stage alone: gradients come from the last layer on, and where the layers of earlier stages keep
-            # more and have fewer parameters than those, most of them would be there before what is kept is freed.
+            # Only layers of the last stage keep something. Gradients are computed from the last layer on. Layers of earlier
+            # stages keep more and have fewer parameters, so most gradients would exist before what those keep is freed.
             layers = [size for plan, size in zip(plans, layers, strict=True) if plan.stage == plans[-1].stage]
         found = share_out(min(allowance, self._most), layers)._replace(unmeasured=unmeasured)
         if unmeasured is None:
@@ -190,14 +188,14 @@ class Retention:
         return found
 
     def of_all_graphs(self, plans: Sequence[LayerPlan]) -> float | None:
-        """Bytes that the last batch takes if every layer keeps its graph, as in plain training; ``None`` if not measured."""
+        """Bytes for the last batch if every layer keeps its graph, as in plain training; ``None`` if not measured."""
         measured = self._sizes.get(self._latest_shape) if self._latest_shape else None
         if measured is None:
             return None
         return sum(measured[_kind(plan)].graph for plan in plans if _kind(plan) in measured)
 
     def _size(self, plan: LayerPlan, measured: dict[Kind, Sizes], embeddings: Tensor) -> Sizes:
-        """Of a shape that was not measured: by the one whose layers keep most for its size."""
+        """What a layer keeps. If this shape was not measured, the largest estimate from other shapes, in proportion."""
         kind = _kind(plan)
         if kind in measured:
             return measured[kind]
@@ -209,9 +207,9 @@ class Retention:
         return max(others, default=UNKNOWN._replace(elements=embeddings.numel()))
 
     def _allowed(self, embeddings: Tensor, plans: Sequence[LayerPlan], layers: Sequence[Sizes]) -> float | None:
-        """Bytes that may be kept; ``None`` while that is not known."""
+        """How many bytes may be kept; ``None`` while that is unknown."""
         if self._budget.gradients:
-            side_bits = STEPS * sum(plan.side_bits * size.elements for plan, size in zip(plans, layers, strict=True))
+            side_bits = sum(plan.side_bits_of_layer * size.elements for plan, size in zip(plans, layers, strict=True))
             head = 3 * torch.float32.itemsize * self._logits * embeddings.numel() / embeddings.shape[-1]
             return sum(map(coming, self._parameters())) - side_bits / 8 - head - sum(self._waiting.values())
         if self._allowance is None:
@@ -222,7 +220,7 @@ class Retention:
         return self._allowance - beyond - max(0.0, in_use(embeddings.device) - self._in_use)
 
     def _look_around(self, embeddings: Tensor) -> None:
-        """Find out what may be kept, as soon as that is known."""
+        """Set the allowance, as soon as it can be known."""
         if self._budget.bytes is not None:
             self._allowance = self._budget.bytes
             return
@@ -239,31 +237,32 @@ class Retention:
 
     @contextmanager
     def measuring(self, kept: RetentionPlan, call: LayerCall, state: Tensor) -> Iterator[SavedBytes | None]:
-        """Within this context a layer runs; if the batch has a new shape, what it keeps or would keep is measured.
+        """A context in which a layer runs. If the batch has a new shape, it measures what the layer keeps or would keep.
 
         Args:
-            call: of the layer.
-            state: that it reads.
+            kept: the plan of this forward pass.
+            call: the call of the layer.
+            state: the state that the layer reads.
 
         Yields:
-            What the layer has to count all with that autograd saves or would save.
+            A counter for what autograd saves or would save, or ``None`` if nothing is to be measured.
         """
         if kept.unmeasured is None:
             yield None
             return
         meter, linears = SavedBytes(call.sources), SavedLinears()
-        with linears.keeping():
+        with nullcontext() if call.compiles else linears.keeping():
             yield meter
         results = 0 if call.plan.transition else sum(result.nbytes for result in linears.results)
         sizes, kind = self._sizes.setdefault(kept.unmeasured, {}), _kind(call.plan)
         sizes[kind] = Sizes(meter.total, results, state.numel()).largest(sizes.get(kind, Sizes()))
 
     def watch(self, forward: object, output: Tensor, kept: RetentionPlan) -> None:
-        """Until the backward pass of ``forward`` comes to ``output``, other forward passes get what it leaves."""
+        """Reduce the budget of other forward passes until the backward pass of ``forward`` reaches ``output``."""
         if self._budget.gradients:
             self._watch(forward, output, kept)
 
-    @torch.compiler.disable  # a hook that compiled code would run elsewhere
+    @torch.compiler.disable  # compiled code would run the hook at another time
     def _watch(self, forward: object, output: Tensor, kept: RetentionPlan) -> None:
         if kept.bytes and output.requires_grad:
             self._waiting[forward] = kept.bytes
@@ -274,13 +273,17 @@ class Retention:
             output.register_hook(arrive)
 
     def back_off(self, kept: RetentionPlan) -> bool:
-        """After running out of memory: keep half of what was kept, from now on.
+        """After running out of memory, keep from now on at most half of what was kept.
 
         Returns:
-            Whether anything was.
+            Whether anything was kept, so that it helps to repeat the forward pass.
+
+        Raises:
+            OutOfMemoryError: other processes take part in the forward pass, so this one cannot repeat it alone.
         """
         if self._budget.layers is not None or not kept.bytes:
             return False
+        check_may_repeat(self._text)
         self._most = kept.bytes / 2
         return True
 

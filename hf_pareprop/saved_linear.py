@@ -1,11 +1,12 @@
 """Results of linear layers that are kept from the forward pass, so that a rebuild need not compute them again.
 
-A rebuild cannot stop, as activation checkpointing does, before the last product of a layer: undoing the step needs its
-result. But that result is small, one value per element of a state, and the product that ends an MLP is a third of a
-layer's arithmetic: nothing else that could be kept saves as much time per byte. Keeping some results of a layer and
+Activation checkpointing can stop before the last matrix product of a layer. A rebuild cannot, because it needs the result to
+undo the step. But that result is small, one value per element of a state, and the product that ends an MLP is a third of
+a layer's arithmetic. Nothing else that could be kept saves as much time per byte. Keeping some results of a layer and
 recomputing the rest is the selective recomputation of Korthikanti et al. 2022, arXiv 2205.05198, section 5.
 
-What is kept are the results of linear layers with fewer features than their input, whatever module computes them.
+A *narrowing* linear layer has fewer output features than input features. The results of these layers are kept, whatever
+module computes them.
 """
 
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from .torch_private import DispatchMode, version_of
 
 
 class SavedLinears:
-    """The results of the narrowing linear layers in one run of a step, for later runs on the same input."""
+    """The results of the narrowing linear layers in one run of a step, for use in later runs on the same input."""
 
     def __init__(self) -> None:
         self._results: list[tuple[Tensor, int, Tensor]] = []
@@ -34,21 +35,24 @@ class SavedLinears:
 
     @property
     def right(self) -> list[Tensor]:
-        """Whether each layer read in the last run what it read in the first: 0-d bools. A result that is given hides that."""
+        """For each layer, whether its input in the last run was that of the first run, as 0-d bools.
+
+        This needs a check of its own, because a kept result does not show that the input was wrong.
+        """
         return self._right
 
     @contextmanager
     def keeping(self) -> Iterator[None]:
-        """Keep what linear layers yield."""
+        """In this context the results of narrowing linear layers are kept."""
         with _Keeping(self._results):
             yield
 
     @contextmanager
     def given(self) -> Iterator[None]:
-        """Have linear layers yield what was kept, with the autograd graph of having computed it.
+        """In this context narrowing linear layers return the kept results, with the autograd graph of a computed result.
 
         Raises:
-            RuntimeError: at a layer whose result was modified since, or that did not run before.
+            RuntimeError: a kept result was modified meanwhile, or a layer runs that did not run before.
         """
         self._right = []
         with _Giving(iter(self._results), self._right):
@@ -56,7 +60,7 @@ class SavedLinears:
 
 
 class _OfLinears(TorchFunctionMode):
-    """Intercepts linear layers that have fewer features than their input."""
+    """Intercepts narrowing linear layers."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -110,10 +114,10 @@ def _fingerprint(args: Any, kwargs: Any) -> Tensor:
 
 
 class _Given(DispatchMode):
-    """Puts a result in place of the one product that a linear layer computes, below autograd, which notices nothing.
+    """Replaces the matrix product of a linear layer by a kept result. It acts below autograd, which does not notice.
 
-    Where PyTorch computes it by another operator than expected it is computed again: the same bits, no time saved. With a
-    bias, a product without it is not the result, so it is left alone.
+    If PyTorch uses another operator than expected, the product is computed again: the bits are the same, but no time is
+    saved. A layer with a bias may compute a product without it, which is not the result, so only ``addmm`` is replaced there.
     """
 
     def __init__(self, result: Tensor, biased: bool):

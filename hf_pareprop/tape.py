@@ -14,38 +14,40 @@ from .coupling import encode, merge_pair, poison, straight_through
 from .engine import Engine, Enter, Leave, RebuiltLayer, Trail
 from .findings import Findings
 from .hooks import is_observed, is_observed_inside
-from .layer_call import AUTOGRAD, Contents, LayerCall, State, Step, value_of
+from .layer_call import AUTOGRAD, Contents, LayerCall, State, Step, named_parameters_of, value_of
 from .memory_probe import SavedBytes
 from .observer import current_observer
 from .plan import LayerPlan
 from .retention import Retention, RetentionPlan
-from .torch_private import in_functorch, shares_memory, version_of
+from .torch_private import in_functorch, local_part, shares_memory, transforming, version_of
 from .transition import Transition, TransitionCall, run_steps
 
 Grid = tuple[int, int]
 """Rows and columns of patches."""
 
 CASTING = ("ToCopyBackward0", "RegisterPostBackwardFunctionBackward")
-"""The nodes of the autograd graph of a hidden state that FSDP2 casts: the cast, and where FSDP2 learns of its gradient."""
+"""The autograd nodes that FSDP2 adds to a hidden state when it casts it: the cast, and FSDP2's own hook."""
 
 
 class Tape:
-    """One forward pass: the pair of states that it has come to, and how many layers it has run.
+    """One forward pass: the current pair of states, and how many layers have run.
 
-    What a layer has to do is call :meth:`layer` from its ``forward``; layers are counted in the order of these calls. A
-    tape belongs to one forward pass: two forwards before a backward, nested or interleaved models and evaluation in between
-    each have their own. The autograd graph keeps its :class:`~engine.Trail`, never the tape.
+    A layer calls :meth:`layer` from its ``forward``, and layers are counted in the order of these calls. A tape belongs to
+    one forward pass. So two forward passes before a backward pass, nested or interleaved models, and an evaluation in
+    between have a tape each. The autograd graph keeps the tape's :class:`~engine.Trail` alive, never the tape.
 
     Args:
         engine: one of :data:`~engine.ENGINES`.
         plans: the coupling of every layer in the order of calls, from :func:`~plan.plan_layers`.
         retention: decides what is kept instead of being rebuilt; by default nothing.
-        findings: where trouble on the device is told.
+        findings: receives what is found wrong on the device.
+        compiles: whether the steps of layers run as compiled code where a backward pass may follow.
 
     Attributes:
-        dtype: the compute dtype: that of the embeddings.
-        norm: of a post-LN model, the norm that ends the last layer, which the next reader applies, and its parameters.
-        grid: of an image model, the rows and columns of patches that hidden states have now.
+        dtype: the compute dtype, which is the dtype of the embeddings.
+        norm: only in a post-LN model whose steps are sub-blocks: the norm that ends the last layer, and its parameters. The
+            next reader of the hidden state applies it.
+        grid: only in an image model: the rows and columns of patches that hidden states have now.
     """
 
     dtype: torch.dtype
@@ -58,47 +60,74 @@ class Tape:
         plans: Sequence[LayerPlan],
         retention: Retention | None = None,
         findings: Findings | None = None,
+        compiles: bool = False,
     ):
+        self.compiles = compiles
         self.engine, self.plans, self.retention = engine, plans, retention or Retention()
         self.findings = findings or Findings()
         self.kept = RetentionPlan()
         self.trail = Trail(engine, current_observer(), self.findings)
         self._position = 0
-        self._plan: LayerPlan | None = None  # of the last layer of the segment that is open
+        self._plan: LayerPlan | None = None  # of the last layer in the open segment; None if no segment is open
         self._previous: State
         self._current: State
-        self._handed_out: tuple[int, bool] = (0, False)  # version, and whether it required a gradient
+        self._handed_out: tuple[int, bool] = (0, False)  # of the last output: version, and whether it needs a gradient
         self._peak: Tensor
+
+    @property
+    def layers_run(self) -> int:
+        """The number of layers that have been called so far."""
+        return self._position
 
     @torch.compiler.disable
     def start(self, embeddings: Tensor) -> Tensor:
-        """The first hidden state; its dtype becomes the compute dtype."""
+        """Begin with the first hidden state. Its dtype becomes the compute dtype."""
         self.dtype = embeddings.dtype
         self.kept = self.retention.plan(embeddings, self.plans)
         self._peak = torch.zeros((), device=embeddings.device)
         return embeddings
 
     @torch.compiler.disable  # a compiled forward and an eager recomputation would differ in bits
-    def layer(self, module: nn.Module, steps: Sequence[Step], hidden: Tensor, inputs: tuple[Any, ...] = ()) -> Tensor:
-        """Apply the next layer to a hidden state and return the one after it, of the same shape.
+    def layer(
+        self,
+        module: nn.Module,
+        steps: Sequence[Step],
+        hidden: Tensor,
+        inputs: tuple[Any, ...] = (),
+        norm: nn.Module | None = None,
+    ) -> Tensor:
+        """Apply the next layer to a hidden state and return the next hidden state, of the same shape.
 
-        To be called from ``module.forward``, so that what wraps modules (FSDP2, hooks) is in place.
+        Call this from ``module.forward``: only then are wrappers of the module in place, such as FSDP2 and hooks.
 
         Args:
             module: owner of the parameters that ``steps`` use.
-            steps: one or more.
-            hidden: what the layer below returned, or something else, which then opens a pair of its own.
+            steps: one or more; if the plan makes a whole layer one step, they are run as one.
+            hidden: what the layer below returned. Any other hidden state opens a new pair.
             inputs: what steps read besides the state, passed to every step; tensors among them may need a gradient.
+            norm: the norm that ends a layer of a post-LN model. If the whole layer is one step, the step applies the norm.
+                Otherwise the next reader of the hidden state applies it, and finds it in :attr:`norm`.
 
         Raises:
-            RuntimeError: more layers are called than there are plans, or the layer cannot be rebuilt exactly.
+            RuntimeError: more layers are called than there are plans, the layer cannot be rebuilt exactly, or the norm's
+                parameters are not in the module now.
         """
         if self._position == len(self.plans):
             raise RuntimeError(
-                f"more than {len(self.plans)} layers were called in one forward pass, as many as the encoder has: its layers "
-                "may be called once each."
+                f"more than {len(self.plans)} layers were called in one forward pass, but the encoder has only that many: call "
+                "each layer once."
             )
         plan = self.plans[self._position]
+        if plan.whole:
+            return self._run(module, [_whole(steps, norm)], hidden, inputs, plan)
+        hidden = self._run(module, steps, hidden, inputs, plan)
+        if norm is not None:
+            self.norm = norm, _to_hand_on(norm, hidden)
+        return hidden
+
+    def _run(
+        self, module: nn.Module, steps: Sequence[Step], hidden: Tensor, inputs: tuple[Any, ...], plan: LayerPlan
+    ) -> Tensor:
         if not plan.reversible:
             hidden = self._close(hidden, module, steps, inputs, plan)
             self._position += 1
@@ -106,22 +135,26 @@ class Tape:
         self._arrive(hidden, plan)
         held = Contents(module)
         call = LayerCall(module, steps, plan, self.dtype, inputs, held, self._current.bits.device)
+        call.compiles = self.compiles and torch.is_grad_enabled() and not transforming()
         if not self._may_rebuild(call, self._previous.needs_gradient or self._current.needs_gradient):
             self._store(call)
         elif self._keeps_graph(call):
-            self._know_both()  # before the measurement: a pair is stored once and not in every layer
+            self._know_both()  # before measuring: the pair is stored once, and must not be counted for every layer
             with (
                 self.retention.measuring(self.kept, call, self._current.bits) as meter,
                 meter.counting() if meter else nullcontext(),
             ):
                 self._store(call)
         else:
-            call.saves_linears = self._layers_from_here <= self.kept.graphs + self.kept.linears
+            keeps_linears = self._layers_from_here <= self.kept.graphs + self.kept.linears
+            call.saves_linears = keeps_linears and not call.compiles  # compiled code has no linear layers to intercept
             with self.retention.measuring(self.kept, call, self._current.bits) as meter:
                 self._rebuild_later(call, meter)
         self._position += 1
         if is_observed(module):
-            self._know_both()  # a loss on what the hook sees finds the pair stored, and is NaN where the output will be
+            # The hook may use this hidden state in a loss. So the pair is stored here, and the value is NaN already here if
+            # the states left their range.
+            self._know_both()
             seen = value_of(self._current)
             self._current = self._current._replace(value=seen + poison(self._peak).to(seen.dtype))
         value = value_of(self._current)
@@ -130,33 +163,33 @@ class Tape:
 
     @torch.compiler.disable
     def finish(self, hidden: Tensor) -> Tensor:
-        """The hidden state that the pair stands for, in the compute dtype; NaN if the states left their range."""
+        """The hidden state that a pair is merged to, in the compute dtype; NaN if the states left their range."""
         if self._plan is not None:
             self._arrive(hidden, self._plan)
-            handed_out = self._current.value  # and still what the next layer is given
+            handed_out = self._current.value  # the next layer still gets this one
             self._know_both()
             hidden = merge_pair(value_of(self._previous), value_of(self._current), self._plan.beta)
             self._current = self._current._replace(value=handed_out)
-            hidden = hidden + poison(self._peak).to(hidden.dtype)  # added, so that gradients are what they are
+            hidden = hidden + poison(self._peak).to(hidden.dtype)  # an addition leaves the gradients unchanged
         return hidden.to(self.dtype)
 
     @torch.compiler.disable
     def stage(self, hidden: Tensor) -> Tensor:
-        """The first hidden state of a new stage, of another shape; its dtype becomes the compute dtype."""
+        """Begin a new stage with a hidden state of another shape. Its dtype becomes the compute dtype."""
         self._plan = None
         self.dtype = hidden.dtype
         return hidden
 
     @torch.compiler.disable
     def end(self) -> None:
-        """The last layer has run: say what has to be said of the states."""
+        """After the last layer: report the states to the observer, and have a warning given if they left their range."""
         grid_bits = next((plan.grid_bits for plan in self.plans if plan.reversible), None)
         self.trail.observer.forward_ends(self._peak.detach(), grid_bits)
         if grid_bits is not None:
             self.findings.expect(self._peak, partial(_warn_of_range, grid_bits))
 
     def _arrive(self, hidden: Tensor, plan: LayerPlan) -> None:
-        """Take the hidden state that a layer is given: the one that was handed out, a changed one, or a segment's first."""
+        """Take the hidden state that a layer gets: the one handed out before, a changed one, or the first of a segment."""
         opens, self._plan = self._plan is None, plan
         if not opens:
             self._check_shape(hidden)
@@ -167,14 +200,14 @@ class Tape:
                 return
         bits, peak = encode(hidden.detach(), plan.grid_bits)
         self._peak = torch.maximum(self._peak.to(peak.device), peak)
-        hidden = hidden.view_as(hidden)  # the chain's uses are added up here, before those of others
+        hidden = hidden.view_as(hidden)  # gradients from the chain are summed here, before gradients from elsewhere
 
         def through() -> State:
             return State.of(bits, straight_through(bits, plan.grid_bits, self.dtype, (1.0, hidden)))
 
         if opens:
             self._previous = through()
-        else:  # the state before a changed one stays what it is
+        else:  # the hidden state was changed; the state before it is not
             self._know_both()
             before = self._previous
             self._previous = State.of(before.bits.to(bits.device), value_of(before).to(bits.device))
@@ -183,25 +216,25 @@ class Tape:
     def _check_shape(self, hidden: Tensor) -> None:
         """
         Raises:
-            RuntimeError: a layer is given another shape than the layer below returned.
+            RuntimeError: the hidden state that a layer gets does not have the shape that the layer below returned.
         """
         handed = value_of(self._current)
         if hidden.shape != handed.shape:
             raise RuntimeError(
-                f"a layer got a hidden state of shape {tuple(hidden.shape)}, the layer below returned {tuple(handed.shape)}: what "
-                "stands between reversible layers has to keep the shape, since the state before it stays in use. Make the layers "
-                "around it conventional (0 in a list of betas)."
+                f"a layer got a hidden state of shape {tuple(hidden.shape)}, but the layer below returned {tuple(handed.shape)}: "
+                "what runs between reversible layers has to keep the shape, because the state before it is still used. Make the "
+                "layers around it conventional (0 in a list of betas)."
             )
 
     def _uncast(self, hidden: Tensor, handed: Tensor, plan: LayerPlan) -> Tensor:
-        """The hidden state of a layer whose inputs are cast, as FSDP2 does in mixed precision.
+        """The hidden state for a layer whose inputs were cast, as FSDP2 does in mixed precision.
 
-        Where all that happened to it is the cast, layers read the state that the layer below returned, in full precision, and
-        the gradient takes the way of the cast.
+        If nothing but a cast happened to it, the layer reads what the layer below returned, in full precision, and the gradient
+        goes through the cast.
         """
         changed = hidden.to(handed.dtype)
         if not hidden.requires_grad and not handed.requires_grad:
-            # No graph says what happened, so the values do.
+            # There is no graph that shows what happened, so the values are compared.
             return torch.where((hidden == handed.to(hidden.dtype)).all(), handed, changed)
         if version_of(handed) != self._handed_out[0] or version_of(hidden) or not _is_cast_of(hidden, handed):
             return changed
@@ -211,7 +244,7 @@ class Tape:
         return uncast
 
     def _is_unchanged(self, hidden: Tensor) -> bool:
-        """Whether a layer is given what the layer below returned, or a view of it: FSDP2 hands on another object."""
+        """Whether a layer gets what the layer below returned, or a view of it (FSDP2 makes a new tensor object)."""
         handed = value_of(self._current)
         same = hidden is handed or (shares_memory(hidden, handed) and _descends(hidden, handed))
         return same and (version_of(hidden), hidden.requires_grad) == self._handed_out
@@ -226,18 +259,18 @@ class Tape:
         return self.engine.rebuilds and torch.is_grad_enabled() and needs_gradient
 
     def _keeps_graph(self, call: LayerCall) -> bool:
-        """Whether a layer that could be rebuilt stores its activations: by the budget, or since others look into it."""
+        """Whether a layer that could be rebuilt stores its activations: the budget says so, or hooks look inside it."""
         return self._layers_from_here <= self.kept.graphs or is_observed_inside(call.held.modules)
 
     def _close(
         self, hidden: Tensor, module: nn.Module, steps: Sequence[Step], inputs: tuple[Any, ...], plan: LayerPlan
     ) -> Tensor:
-        """Run a layer that is not reversible: a segment ends before it, and with one that changes the shape a stage."""
+        """Run a layer that is not reversible. The segment ends before it; if it changes the shape, a new stage begins."""
         hidden = self.finish(hidden)
         self._plan = None
         if not plan.transition:
             return _conventional(module, steps, hidden, *inputs)
-        hidden = hidden.view_as(hidden)  # the layer's uses are added up here, before those of others
+        hidden = hidden.view_as(hidden)  # gradients from the layer are summed here, before gradients from elsewhere
         if plan.stores_activations:
             return self.stage(_conventional(module, steps, hidden, *inputs))
         call = TransitionCall(module, steps, plan, self.dtype, inputs, Contents(module), hidden.device)
@@ -253,7 +286,7 @@ class Tape:
         """Run a layer that changes the shape, and that runs again in the backward pass."""
         _refuse_transforms()
         self.trail.calls[self._position] = call
-        sources = call.sources  # with their history; the call keeps leaves
+        sources = call.sources  # taken now, with their autograd history: running the call replaces them by leaves
         computed = [call.run_forgetfully(hidden, meter)]
         self.trail.observer.layer_keeps(self._position, [hidden])
         return Transition.apply(self.trail, self._position, computed, hidden, *sources)
@@ -261,14 +294,13 @@ class Tape:
     def _store(self, call: LayerCall) -> None:
         """Run a layer whose activations autograd stores."""
         self._know_both()
-        self._previous, self._current, peak = call.run(self._previous, self._current)
-        self._peak = torch.maximum(self._peak, peak)
+        self._previous, self._current, self._peak = call.run(self._previous, self._current, self._peak)
 
     def _rebuild_later(self, call: LayerCall, meter: SavedBytes | None) -> None:
         """Run a layer whose activations are rebuilt."""
         if call.plan.grid_bits is None:
             raise RuntimeError(
-                "grid_bits=None leaves states floats, which cannot be rebuilt bit for bit: give grid_bits, or "
+                "grid_bits=None leaves states floats, which cannot be rebuilt bit for bit: set grid_bits, or "
                 f"{AUTOGRAD}"
             )
         _refuse_transforms()
@@ -280,19 +312,49 @@ class Tape:
             hidden = Enter.apply(trail, position, previous.value, hidden)
         trail.calls[position] = call
         trail.observer.layer_begins(position, (previous.bits, current.bits), call.plan.limit)
-        sources = call.sources  # with their history; the call keeps leaves
-        self._previous, after, peak = call.run_undoably(previous, current, meter)
+        sources = call.sources  # taken now, with their autograd history: running the call replaces them by leaves
+        self._previous, after, self._peak = call.run_undoably(previous, current, self._peak, meter)
         hidden = RebuiltLayer.apply(trail, position, after.bits, hidden, *sources)
         self._current = after._replace(value=hidden)
-        self._peak = torch.maximum(self._peak, peak)
         trail.observer.layer_keeps(position, [hidden, self._previous.bits, after.bits, *call.kept()])
 
     def _know_both(self) -> None:
-        """Have autograd know both states: the layers below are rebuilt from here."""
+        """Make both states known to autograd. The layers below are then rebuilt from this pair."""
         if self._previous.value is None:
             pair = self._previous.bits, self._current.bits
             values = Leave.apply(self.trail, self._position - 1, pair, value_of(self._current))
             self._previous, self._current = (State.of(b, v) for b, v in zip(pair, values, strict=True))
+
+
+def _whole(steps: Sequence[Step], norm: nn.Module | None) -> Step:
+    """A step that runs the whole layer."""
+
+    def layer(state: Tensor, *inputs: Any) -> Tensor:
+        hidden = run_steps(steps, state, *inputs)
+        return hidden if norm is None else norm(hidden)
+
+    return layer
+
+
+def _to_hand_on(norm: nn.Module, hidden: Tensor) -> tuple[Tensor, ...]:
+    """The parameters of the norm that ends a layer, for the next layer, which applies that norm.
+
+    Raises:
+        RuntimeError: not all of the parameters are in the module now.
+    """
+    parameters = tuple(named_parameters_of(norm).values())
+    shape = getattr(norm, "normalized_shape", None)
+    whole = all(
+        local_part(p) is p and p.is_meta == hidden.is_meta and (shape is None or p.shape == shape) for p in parameters
+    )
+    if not whole or (not parameters and getattr(norm, "weight", None) is not None):
+        raise RuntimeError(
+            f"the {type(norm).__name__} that ends a layer is applied by the next layer, but its parameters are not in the "
+            "module: FSDP1, FSDP2 on parts of a layer, DeepSpeed ZeRO-3 and the offloading of accelerate take them away in "
+            "between. Make the whole layer one step, with steps='layer' in from_pretrained, to_reversible or the configuration. "
+            "Or use FSDP2 on whole layers, or ZeRO-2."
+        )
+    return tuple(p.clone() for p in parameters)
 
 
 def _refuse_transforms() -> None:
@@ -301,7 +363,7 @@ def _refuse_transforms() -> None:
 
 
 def _descends(view: Tensor, original: Tensor) -> bool:
-    """Whether the gradient of ``view``, if it has one, goes to ``original`` by way of few nodes."""
+    """Whether the gradient of ``view``, if it has one, reaches ``original`` through at most four autograd nodes."""
     if not original.requires_grad:
         return True
     nodes = [view.grad_fn]
@@ -313,21 +375,21 @@ def _descends(view: Tensor, original: Tensor) -> bool:
 
 
 def _is_cast_of(hidden: Tensor, handed: Tensor) -> bool:
-    """Whether between two tensors, by their autograd graph, there is a cast and nothing else."""
+    """Whether the autograd graph shows a cast, and nothing else, between two tensors."""
     edge = hidden.grad_fn, hidden.output_nr
     for _ in range(4):
         node, number = edge
         if node is None or node is handed.grad_fn or node.name() not in CASTING:
             break
-        edge = node.next_functions[number]  # both return as many tensors as they take
+        edge = node.next_functions[number]  # both kinds of nodes have one input for each output
     return edge == (handed.grad_fn, handed.output_nr) and handed.grad_fn is not None
 
 
 def _conventional(module: nn.Module, steps: Sequence[Step], hidden: Tensor, *inputs: Any) -> Tensor:
-    """A stock layer whose activations are stored by autograd, or checkpointed where that is on."""
+    """Run a stock layer. Autograd stores its activations, or they are checkpointed if checkpointing is on."""
     run = partial(run_steps, steps)
     if getattr(module, "gradient_checkpointing", False) and module.training and torch.is_grad_enabled():
-        checkpoint: Any = module._gradient_checkpointing_func  # set by transformers, as for every layer
+        checkpoint: Any = module._gradient_checkpointing_func  # transformers sets this on every layer
         return checkpoint(run, hidden, *inputs)
     return run(hidden, *inputs)
 
@@ -340,6 +402,6 @@ def _warn_of_range(grid_bits: int, peak: float) -> None:
     what = f"reached {largest:.3g}" if math.isfinite(largest) else "held an infinity or a NaN"
     warnings.warn(
         f"the states of a reversible model {what}, and at grid_bits={grid_bits} they have to stay below {limit:g}: the outputs "
-        "of that forward pass are NaN. If the stock model is fine with the same inputs, take fewer grid_bits.",
+        "of that forward pass are NaN. If the stock model has no NaN for the same inputs, set a smaller grid_bits.",
         stacklevel=2,
     )

@@ -1,9 +1,9 @@
-"""Every private interface of PyTorch that the package uses, each with what happens where it is missing.
+"""All private interfaces of PyTorch that the package uses. Each has a fallback for versions that lack it.
 
-This code is frozen into checkpoints, which have to load with versions of PyTorch that are not written yet.
+This code is saved with checkpoints, and they have to load with future versions of PyTorch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 try:
     from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
-except ImportError:  # then nothing is intercepted: results that were kept are computed again, with the same bits
+except ImportError:  # without it nothing is intercepted: kept results are computed again, with the same bits
 
     class DispatchMode:  # type: ignore[no-redef]
         def __enter__(self) -> Any:
@@ -30,42 +30,77 @@ __all__ = ["DispatchMode"]
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Whether a tensor has no data; assumed of none where PyTorch does not say."""
+    """Whether a tensor has no data. If PyTorch does not say, no tensor is taken to be fake."""
     return FakeTensor is not None and isinstance(tensor, FakeTensor)
 
 
 def in_functorch() -> bool:
-    """Whether a transform of ``torch.func`` is under way; assumed not where PyTorch does not say."""
+    """Whether a transform of ``torch.func`` is active. If PyTorch does not say, the answer is no."""
     active = getattr(torch._C, "_are_functorch_transforms_active", None)
     return bool(active and active())
 
 
 def transforming() -> bool:
-    """Whether operations are transformed or traced rather than run: by ``torch.func`` or ``torch.jit.trace``."""
+    """Whether ``torch.func`` transforms operations, or ``torch.jit.trace`` traces them, instead of just running them."""
     return torch.jit.is_tracing() or in_functorch()
 
 
 def keeps_graph() -> bool:
-    """Within a backward pass, whether a second one may follow; where PyTorch does not say, it may."""
+    """Whether the current backward pass keeps the graph for a second one. If PyTorch does not say, the answer is yes."""
     keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return bool(keeps()) if keeps else True
 
 
 def backward_pass() -> int:
-    """A number of the backward pass under way; where PyTorch does not say, they all have the same."""
+    """A number that identifies the current backward pass. If PyTorch does not say, all have the same number."""
     task = getattr(torch._C, "_current_graph_task_id", None)
     return task() if task else 0
 
 
 def let_streams_differ() -> None:
-    """Have PyTorch not warn where gradients come from another stream than a parameter's first use: lanes mean it."""
+    """Switch off a warning: gradients come from another stream than a parameter's first use, as lanes intend."""
     warn = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)  # since 2.10
     if warn:
         warn(False)
 
 
+def compile_for_each_shape(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compile`` with two guarantees: every shape gets its own code, and sums have a fixed order.
+
+    After ``variants`` compiled variants of the function, PyTorch gives up and runs it uncompiled.
+    """
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        mode = torch.get_deterministic_debug_mode()
+        # Otherwise atomic additions would sum the gradients of tables, in another order each time. The setting holds only here,
+        # so the code for the backward pass has to be generated here as well, and not when it first runs.
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
+                return torch._dynamo.lookup_backend("inductor")(graph, inputs)
+        finally:
+            torch.set_deterministic_debug_mode(mode)
+
+    variants = 64  # enough for a Swin: two kinds of step, with shifted windows or without, in four stages
+    compiled: Any = torch.compile
+    try:
+        return compiled(function, dynamic=False, backend=backend, recompile_limit=variants)
+    except TypeError:  # before PyTorch 2.13 the limit can only be set for all functions
+        import torch._dynamo.config as config
+
+        config.recompile_limit = max(config.recompile_limit, variants)
+        return compiled(function, dynamic=False, backend=backend)
+
+
+def free_workspaces() -> None:
+    """Make cuBLAS free its workspaces, if PyTorch has a function for that."""
+    free = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if free:
+        free()
+
+
 def version_of(tensor: Tensor) -> int:
-    """How often a tensor was modified in place; tensors of the inference mode do not count it."""
+    """How often a tensor was modified in place; 0 for tensors of the inference mode, which do not count it."""
     return 0 if tensor.is_inference() else tensor._version
 
 
@@ -80,7 +115,7 @@ def shares_memory(a: Tensor, b: Tensor) -> bool:
 
 
 def storage_key(tensor: Tensor) -> int:
-    """What tells the memory of a tensor from that of others that are alive."""
+    """A number that identifies the memory of a tensor among all tensors that are alive."""
     return tensor.untyped_storage()._cdata
 
 
@@ -95,13 +130,20 @@ def gradient_is_consumed(parameter: Tensor) -> bool:
 
 
 def local_part(parameter: Tensor) -> Tensor:
-    """Of a DTensor, the shard of this process."""
+    """The shard of a DTensor in this process; any other tensor unchanged."""
     return getattr(parameter, "_local_tensor", parameter)
 
 
+def in_data_parallel_forward() -> bool:
+    """Whether ``DistributedDataParallel`` runs this forward pass. If PyTorch does not say, the answer is no."""
+    wrapper = torch.nn.parallel.DistributedDataParallel
+    active = getattr(wrapper, "_get_active_ddp_module", None)
+    return bool(active and active() is not None)
+
+
 def own_parameters(module: nn.Module) -> dict[str, Tensor | None]:
-    """The parameters of a module itself; the replicas of ``nn.DataParallel`` keep theirs under another name."""
-    return getattr(module, "_former_parameters", module._parameters)
+    """The parameters of a module, without those of its children. Replicas of ``nn.DataParallel`` store them elsewhere."""
+    return vars(module).get("_former_parameters", module._parameters)
 
 
 def forward_hooks(module: nn.Module | None = None) -> Iterator[Any]:
@@ -115,8 +157,19 @@ def forward_hooks(module: nn.Module | None = None) -> Iterator[Any]:
         yield from module._forward_pre_hooks.values()
 
 
+FLAT_PARAMETER = "_flat_param"
+"""FSDP1's name for the one parameter that holds all parameters of a module. The module computes with views of it."""
+
+
+def views_of_flat_parameter(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors that FSDP1 may have put in place of the module's own parameters, as plain attributes, by name."""
+    if "_is_fsdp_managed_module" not in vars(module):
+        return {}
+    return {name: view for name, view in vars(module).items() if isinstance(view, Tensor)}
+
+
 def sdp_priority() -> list[int] | None:
-    """In which order PyTorch tries the kernels of attention; ``None`` where it does not say."""
+    """The order in which PyTorch tries its attention kernels; ``None`` if it does not say."""
     order = getattr(torch._C, "_get_sdp_priority_order", None)
     return list(order()) if order else None
 
@@ -127,7 +180,7 @@ def set_sdp_priority(order: list[int] | None) -> None:
 
 
 def matmul_precision() -> str | None:
-    """How fp32 products are computed; ``None`` where it was set through two interfaces, which PyTorch then refuses to read."""
+    """The precision of fp32 products. ``None`` if it was set through two interfaces: PyTorch then refuses to tell it."""
     try:
         return torch.get_float32_matmul_precision()
     except RuntimeError:
@@ -140,9 +193,10 @@ def set_matmul_precision(precision: str | None) -> None:
 
 
 def generators(device: torch.device) -> list[Any]:
-    """The global random number generators that a computation on ``device`` may draw from, each with two C methods.
+    """The global random number generators that a computation on ``device`` may use.
 
-    ``get_state()`` and ``set_state(state)``; where a device hides its generator, the functions of its module.
+    Each has ``get_state()`` and ``set_state(state)``. If a device gives no access to its generator, these call functions of
+    the device's module in PyTorch.
     """
     found: list[Any] = [torch.default_generator]
     if device.type in ("cpu", "meta"):
@@ -167,3 +221,8 @@ class _OfModule:
 
     def set_state(self, state: Tensor) -> None:
         self._module.set_rng_state(state, *self._device)
+
+
+def has_hooks_after_accumulation(parameter: Tensor) -> bool:
+    """Whether a function runs whenever the gradient of ``parameter`` was accumulated."""
+    return bool(getattr(parameter, "_post_accumulate_grad_hooks", None))

@@ -1,6 +1,7 @@
-"""A layer that changes the shape of the hidden state, as where a new stage begins, so that it cannot be reversible.
+"""Layers that change the shape of the hidden state, at the start of a stage for example. They cannot be reversible.
 
-Its activations are not stored all the same: the hidden state that it read is, and the layer runs again in the backward pass.
+Still, the activations of such a layer are not stored. Only the hidden state that it read is stored, and the layer runs again
+in the backward pass.
 """
 
 from collections.abc import Sequence
@@ -16,21 +17,21 @@ from .memory_probe import SavedBytes
 
 
 def run_steps(steps: Sequence[Step], hidden: Tensor, *inputs: Any) -> Tensor:
-    """A stock layer: residuals are added back."""
+    """Run steps as the stock layer, with residual connections."""
     for step in steps:
-        residual, branch = step(hidden, *inputs)
-        hidden = residual + branch
+        found = step(hidden, *inputs)
+        hidden = found if isinstance(found, Tensor) else found[0] + found[1]
     return hidden
 
 
 class TransitionCall(LayerCall):
-    """A call of such a layer. Its steps are run as one."""
+    """A call of a layer that changes the shape. Its steps run as one."""
 
     def run_forgetfully(self, hidden: Tensor, meter: SavedBytes | None = None) -> Tensor:
-        """What the layer returns for a hidden state, without a graph.
+        """Run the layer without a graph, and return what it returns.
 
         Raises:
-            RuntimeError: as :meth:`LayerCall.run_undoably`.
+            RuntimeError: for the same reasons as in :meth:`LayerCall.run_undoably`.
         """
         with self._recording(meter):
             value = self._record(self._all_steps, hidden.detach().requires_grad_(hidden.requires_grad)).detach()
@@ -38,7 +39,7 @@ class TransitionCall(LayerCall):
         return value
 
     def run_again(self, hidden: Tensor) -> tuple[RebuiltStep, Tensor]:
-        """The layer with its graph, and whether it computed what it did in the forward pass: a 0-d bool."""
+        """Run the layer again, with its graph. Also returns whether the result is that of the forward pass, a 0-d bool."""
         assert self._checksum is not None
         value, sources = self._replay(0, self._all_steps, hidden.detach())
         right = torch.eq(checksum_of_values(value), self._checksum)
@@ -49,9 +50,10 @@ class TransitionCall(LayerCall):
 
 
 class Transition(torch.autograd.Function):
-    """Forward: the value that the call computed, in a list, the hidden state that it read, and the call's sources.
+    """The autograd node of a layer that changes the shape.
 
-    The list is emptied, so that the value is nobody else's and may be changed in place, as hooks of others may do.
+    Forward takes the value that the call computed, in a list, the hidden state that the call read, and the call's sources. It
+    removes the value from the list, so that nothing else refers to it: hooks of other libraries may change it in place.
     """
 
     @staticmethod
@@ -60,7 +62,7 @@ class Transition(torch.autograd.Function):
     ) -> Tensor:
         ctx.trail, ctx.position = trail, position
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden, *sources)  # sources so that autograd notices when one was modified
+        ctx.save_for_backward(hidden, *sources)  # the sources are saved so that autograd notices if one is modified
         return computed.pop()
 
     @staticmethod

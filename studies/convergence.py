@@ -1,28 +1,29 @@
-"""Do reversible models trained from scratch end as good as plain ones? ViT, Swin and MViT on Fashion-MNIST.
+"""Do reversible models that are trained from scratch become as accurate as plain ones? ViT, Swin and MViT on Fashion-MNIST.
 
     python -m studies.convergence [--families vit swin mvit] [--seeds 3] [--epochs 15] [--images 12000] [--jobs 2]
 
-Every model is trained at beta 1 with the engine pareprop, and once more at beta 0, where it is the plain model bit for bit:
-from the same weights, on the same batches, for the same number of steps. Each training is a process of its own on one
-thread. Results are written after each, and trainings that the JSON file already holds are not run again.
+Every model is trained twice: at beta 1 with the engine pareprop, and at beta 0, where it is the plain model bit for bit. Both
+start from the same weights, and see the same batches for the same number of steps. Each training is a process of its own on
+one thread. Results are written after each training. Trainings that the JSON file already holds do not run again.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 
-from benchmarks.measure import Job, add_study_options, emit, run_child, study
-from hf_pareprop.tools.records import cpu_model, save, software
+from benchmarks.measure import Job, emit
+from benchmarks.options import Parser, write_figure
+from hf_pareprop.tools.records import markdown
+
+from .resumed import RESULTS, study
 
 FAMILIES = ("vit", "swin", "mvit")
 SIZE = 32
-"""Pixels of a side: 28, and two of padding on each side, so that every grid of patches can be halved."""
+"""The side of an image in pixels: 28, plus padding of two on each side, so that every grid of patches can be halved."""
 
 FIELDS: dict[str, dict[str, Any]] = {
     "vit": dict(patch_size=4, hidden_size=64, num_hidden_layers=8, num_attention_heads=4, intermediate_size=128),
@@ -30,30 +31,29 @@ FIELDS: dict[str, dict[str, Any]] = {
     "mvit": dict(embed_dim=32, depths=[1, 2, 5], num_heads=1, mlp_ratio=2.0),
 }
 CURVE_ROWS = 2000
-"""Of the test split, after every epoch but the last, which is tested on all 10,000."""
+"""The number of test images after every epoch but the last. After the last epoch all 10,000 are used."""
+
+IDENTITY = ("family", "beta", "seed", "epochs", "images")
+"""The fields that identify a training."""
 
 BATCH, LEARNING_RATE, WEIGHT_DECAY, WARM_UP = 128, 1e-3, 0.05, 0.1
 
 
 def jobs_of(args: argparse.Namespace) -> Iterator[Job]:
-    """Seed by seed, so that whatever has been done so far is a smaller study."""
-    for seed in range(42, 42 + args.seeds):
+    """The jobs, seed by seed, so that the results at any time are those of a smaller study."""
+    for seed in args.seeds:
         for family in args.families:
             for beta in (1.0, 0.0):
                 yield {"family": family, "beta": beta, "seed": seed, "epochs": args.epochs, "images": args.images}
 
 
 def child(job: Job) -> None:
-    """Train one model; emits the accuracy on the test split after every epoch, and the training losses."""
-    import sys
-
+    """Train one model. Emits the accuracy on the test split after every epoch, and the training losses."""
+    import assets
     import torch
     from torch.nn.functional import pad
 
     from hf_pareprop.tools.families import FAMILIES as ROWS
-
-    sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-    import assets
 
     torch.set_num_threads(1)
     began = time.perf_counter()
@@ -110,11 +110,8 @@ def child(job: Job) -> None:
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Accuracy after the last epoch, in per cent, for every family: means over seeds, and the difference seed by seed."""
-    lines = [
-        "| family | parameters | seeds | plain | reversible, beta 1 | difference, seed by seed |",
-        "|---|---|---|---|---|---|",
-    ]
+    """A table of the accuracy after the last epoch in per cent: means over seeds, and the difference for each seed."""
+    lines = [["family", "parameters", "seeds", "plain", "reversible, beta 1", "difference, seed by seed"]]
     for family in dict.fromkeys(r["family"] for r in results):
         ends = {
             beta: {r["seed"]: 100 * r["curve"][-1] for r in results if (r["family"], r["beta"]) == (family, beta)}
@@ -126,12 +123,13 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
         plain, reversible = (statistics.mean(ends[beta][seed] for seed in seeds) for beta in (0.0, 1.0))
         differences = ", ".join(f"{ends[1.0][seed] - ends[0.0][seed]:+.2f}" for seed in seeds)
         parameters = next(r["parameters"] for r in results if r["family"] == family)
-        lines.append(f"| {family} | {parameters:,} | {len(seeds)} | {plain:.2f} | {reversible:.2f} | {differences} |")
-    return "\n".join(lines)
+        means = f"{plain:.2f}", f"{reversible:.2f}"
+        lines.append([family, f"{parameters:,}", str(len(seeds)), *means, differences])
+    return "\n".join(markdown(lines))
 
 
 def plot(results: Sequence[Mapping[str, Any]]) -> Any:
-    """Learning curves: test accuracy by epoch, a line for every seed."""
+    """Draw learning curves: test accuracy by epoch, with a line for every seed."""
     families = list(dict.fromkeys(r["family"] for r in results))
     figure, axes = plt.subplots(1, len(families), figsize=(4 * len(families), 3.4), squeeze=False, sharey=True)
     for axis, family in zip(axes[0], families, strict=True):
@@ -149,38 +147,15 @@ def plot(results: Sequence[Mapping[str, Any]]) -> Any:
     return figure
 
 
-def run(job: Job) -> Job:
-    """One training in a process of its own: the job with what it found."""
-    events, error = run_child("studies.convergence", job, {"OMP_NUM_THREADS": "1"})
-    if error or not events:
-        raise SystemExit(f"{job} failed: {error}")
-    return {**job, **events[-1]}
-
-
-def key(job: Mapping[str, Any]) -> str:
-    return json.dumps([job[name] for name in ("family", "beta", "seed", "epochs", "images")])
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, RESULTS)
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--images", type=int, default=12_000, help="of the 60,000 of the training split")
-    add_study_options(parser, Path(__file__).parent / "results")
-    args = parser.parse_args(arguments)
-    if args.child:
-        return child(args.child)
-    results = study(
-        args.out / "convergence.json",
-        jobs_of(args),
-        key,
-        run,
-        lambda result, *_: f"{key(result)}: {100 * result['curve'][-1]:.2f} % after {result['seconds']:.0f} s",
-        {"device": f"{cpu_model()}, one thread per training", **software()},
-        args.jobs,
-    )
-    print(table(results))
-    save(args.out / "convergence.png", lambda file: plot(results).savefig(file, dpi=110, format="png"))
+    parser.add_argument("--images", type=int, default=12_000, help="how many of the 60,000 training images to use")
+    if found := study("convergence", parser, arguments, jobs_of, IDENTITY, child):
+        out, results = found
+        print(table(results))
+        write_figure(out / "convergence.png", plot(results))
 
 
 if __name__ == "__main__":

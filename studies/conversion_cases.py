@@ -1,9 +1,8 @@
-"""The single measurements of the conversion study: a checkpoint converted, compared with the original, fine-tuned.
+"""The single measurements of the conversion study: convert a checkpoint, compare it with the original, fine-tune it.
 
-Each runs in a process of its own, on one thread, in bf16 autocast; see ``conversion.py``.
+Each measurement runs in a process of its own, on one thread, in bf16 autocast; see ``conversion.py``.
 """
 
-import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -11,27 +10,26 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import assets
+import fetch
 import torch
 import transformers
+from adapt import adapt
 from datasets import DatasetDict
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoTokenizer, DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import hf_pareprop as hp
 from hf_pareprop.plan import DEFAULT_GRID_BITS
+from hf_pareprop.tools.fidelity import fidelity as measured
 from hf_pareprop.tools.memory import peak_bytes
 
 from .conversion_variants import couple_layers
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-import assets
-import fetch
-from adapt import adapt
-
 
 @dataclass(frozen=True)
 class Budget:
-    """What a fine-tuning may cost; the same for the stock model and the reversible ones."""
+    """The settings of a fine-tuning, which are the same for the stock model and the reversible ones."""
 
     steps: int
     batch_size: int
@@ -47,7 +45,7 @@ BUDGETS = {
     "fashion-mnist, Swin": Budget(150, 64, 3e-4),
 }
 PRETRAINING = Budget(938, 64, 1e-3)
-"""Of the stock ViT on Fashion-MNIST: one epoch."""
+"""The number of training steps of the stock ViT on Fashion-MNIST: one epoch."""
 
 IMAGE_MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "fashion-mnist": (
@@ -68,16 +66,16 @@ CURVE_ROWS = 400
 
 
 def finetune(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Fine-tune by the budget of the task and test.
+    """Fine-tune with the budget of the task, and test.
 
     Args:
-        job: ``task`` and ``seed``; ``beta``, ``None`` for the stock model, and with one: ``schedule``, pairs of a
-            fraction of the training and the cap from there on; ``granularity``; ``adapted``, steps of self-distillation;
-            ``steps`` instead of the budget's.
+        job: ``task``, ``seed`` and ``beta``, which is ``None`` for the stock model; ``steps`` instead of those of the budget.
+            With a beta also ``schedule``, pairs of a fraction of the training and the cap from there on; ``granularity``; and
+            ``adapted``, the number of steps of self-distillation.
 
     Returns:
-        ``accuracy``; ``accuracy_as_stock``, of :func:`to_stock` of the result; ``curve``, after each quarter, on the
-        first 400 rows of the test split.
+        ``accuracy``; ``accuracy_as_stock``, the accuracy of :func:`to_stock` of the result; and ``curve``, the accuracy after
+        each quarter of the training on the first 400 rows of the test split.
     """
     task, budget = job["task"], BUDGETS[job["task"]]
     budget = replace(budget, steps=job.get("steps", budget.steps))
@@ -114,7 +112,7 @@ def model_of(job: Mapping[str, Any], num_labels: int) -> nn.Module:
 
 @cache
 def data_of(task: str) -> tuple[DatasetDict, Any]:
-    """Splits ready for the model, the test split shuffled and cut to 1,500 rows at most, and their collator."""
+    """The splits, prepared for the model, and their collator. The test split is shuffled, and cut to 1,500 rows at most."""
     if task in IMAGE_MODELS:
         data = assets.fashion_mnist()
         data["test"] = data["test"].shuffle(seed=0).select(range(4000))
@@ -166,7 +164,7 @@ def accuracy(trainer: Trainer, rows) -> float:
 
 
 class Curve(TrainerCallback):
-    """Accuracy after each quarter of the training."""
+    """Records the accuracy after each quarter of the training."""
 
     def __init__(self, steps: int, rows):
         self.at = {round(steps * i / QUARTERS) for i in range(1, QUARTERS + 1)}
@@ -196,7 +194,7 @@ def image_model(task: str) -> Path:
 
 
 def adapted_encoder(beta: float, steps: int) -> Path:
-    """The English encoder, converted and distilled from itself on the training texts of all three tasks."""
+    """The converted English encoder, distilled from its original on the training texts of all three tasks."""
 
     def make(folder: Path) -> None:
         readers = (assets.rotten_tomatoes, assets.reuters_r8, assets.newsgroups)
@@ -218,12 +216,14 @@ def fidelity(job: Mapping[str, Any]) -> dict[str, Any]:
     """How close a converted model is to the original before training.
 
     Args:
-        job: ``model``: english-encoder, antibody-roberta or fashion-vit; ``beta``; ``granularity``; ``grid_bits`` of the encoder.
+        job: ``model``, which is english-encoder, antibody-roberta or fashion-vit; ``beta``; ``granularity``; and ``grid_bits``
+            of the encoder.
 
     Returns:
-        ``cosine``: mean over tokens of the last hidden states' to the original's; ``score``: masked accuracy of the
-        antibody model, test accuracy of the ViT, none of the encoder; ``stock_score``: the original's; ``peak_mb`` and
-        ``stock_peak_mb``: memory of a training step of the encoder on 32 texts of 64 tokens, with the engine ``reprop``.
+        ``cosine``, the cosine between last hidden states and those of the original, averaged over tokens; ``score``, the
+        masked accuracy of the antibody model or the test accuracy of the ViT; ``stock_score``, that of the original;
+        ``peak_mb`` and ``stock_peak_mb``, the memory of a training step of the encoder on 32 texts of 64 tokens, with the
+        engine ``reprop``.
     """
     name, beta = job["model"], job["beta"]
     result: dict[str, Any] = {"score": None, "stock_score": None, "peak_mb": None, "stock_peak_mb": None}
@@ -266,13 +266,9 @@ def fidelity(job: Mapping[str, Any]) -> dict[str, Any]:
     stock.eval(), model.eval()
     if job.get("granularity") == "layer":
         couple_layers(model)
-    mask = batch.get("attention_mask", torch.ones(len(next(iter(batch.values()))), 1)).bool()
-    with torch.no_grad():
-        states = [hidden(m, batch) for m in (stock, model)]
-        if mask.shape[1] > 1:
-            states = [s[mask] for s in states]
-        result["cosine"] = torch.cosine_similarity(*states, dim=-1).mean().item()
-        if name != "english-encoder":
+    result["cosine"] = measured(stock, model, [batch]).cosine
+    if name != "english-encoder":
+        with torch.no_grad():
             result |= {"score": score(model), "stock_score": score(stock)}
     if name == "english-encoder" and not {"granularity", "adapted"} & job.keys():
         model.set_backward_engine("reprop")
@@ -282,7 +278,7 @@ def fidelity(job: Mapping[str, Any]) -> dict[str, Any]:
 
 def step_peak(model) -> float:
     ids = torch.randint(1000, 20000, (32, 64), generator=torch.Generator().manual_seed(0))
-    model.train().get_input_embeddings().requires_grad_(False)  # its gradient would hide the activations
+    model.train().get_input_embeddings().requires_grad_(False)  # or their gradient hides the activations
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16):
@@ -290,7 +286,3 @@ def step_peak(model) -> float:
 
     step()  # allocates the gradients
     return peak_bytes(step, model.device) / 2**20
-
-
-def hidden(model, batch: Mapping[str, Tensor]) -> Tensor:
-    return model.base_model(**batch)[0]

@@ -1,9 +1,11 @@
-"""The conversion study as tables and a plot."""
+"""Tables and a plot of the conversion study."""
 
 import json
 import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from hf_pareprop.tools.records import fraction, markdown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -11,7 +13,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 NEAR = 0.003
-"""Three tenths of a point: what conversion may cost."""
+"""Conversion may cost this many points of accuracy."""
 
 
 def name_of(row: Row) -> str:
@@ -27,9 +29,9 @@ def _variant(row: Row) -> str:
     if isinstance(beta, list):
         kept = beta.count(0.0)
         which = "first" if beta[0] == 0 else "last"
-        name = f"beta {_fraction(max(beta))}, {which} {f'{kept} layers' if kept > 1 else 'layer'} conventional"
+        name = f"beta {fraction(max(beta))}, {which} {f'{kept} layers' if kept > 1 else 'layer'} conventional"
     else:
-        name = f"beta {_fraction(beta)}"
+        name = f"beta {fraction(beta)}"
     if row.get("grid_bits"):
         name += f", grid of {row['grid_bits']} bits"
     if row.get("granularity"):
@@ -44,7 +46,7 @@ def _variant(row: Row) -> str:
 
 
 def names_of(rows: Sequence[Row]) -> list[str]:
-    """Every variant once: the stock model, the plain betas from large to small, then what is special, by its kind."""
+    """Every variant once: the stock model, the plain betas from large to small, then the special variants by kind."""
 
     def order(row: Row) -> tuple[str, bool, float]:
         kind = name_of(row).partition(",")[2]
@@ -52,10 +54,6 @@ def names_of(rows: Sequence[Row]) -> list[str]:
         return kind, beta is not None, -max(beta) if isinstance(beta, list) else -(beta or 0)
 
     return list(dict.fromkeys(name_of(row) for row in sorted(rows, key=order)))
-
-
-def _fraction(beta: float) -> str:
-    return f"{beta:g}" if beta in (0, 1) else f"1/{round(1 / beta)}"
 
 
 def table(results: Sequence[Row]) -> str:
@@ -74,7 +72,7 @@ def _before(results: Sequence[Row]) -> str:
     }
     stock = ("1.000" + _score(first.get((m, "stock_score"))) + _peak(first.get((m, "stock_peak_mb"))) for m in models)
     lines.insert(1, ["stock", *stock])
-    return _markdown(lines) if rows else ""
+    return "\n".join(markdown(lines)) if rows else ""
 
 
 def _fidelity(row: Row | None) -> str:
@@ -90,13 +88,14 @@ def _peak(peak_mb: float | None) -> str:
 
 
 def _after(results: Sequence[Row]) -> str:
-    """Mean over seeds and, in brackets, range and number; difference to the stock model over the same seeds; the same read as a stock model."""
+    """A table of the mean over seeds, with range and number of seeds in brackets; the difference to the stock model over the
+    same seeds; and the same for the result as a stock model."""
     rows = [r for r in results if "task" in r]
     tasks = list(dict.fromkeys(r["task"] for r in rows))
     lines = [["after fine-tuning: accuracy, difference to stock", *tasks]]
     for name in names_of(rows):
         lines.append([name, *(_accuracy(rows, name, task) for task in tasks)])
-    return _markdown(lines) if rows else ""
+    return "\n".join(markdown(lines)) if rows else ""
 
 
 def of(rows: Sequence[Row], name: str, task: str) -> dict[int, Row]:
@@ -105,13 +104,13 @@ def of(rows: Sequence[Row], name: str, task: str) -> dict[int, Row]:
 
 
 def stock_for(rows: Sequence[Row], name: str) -> str:
-    """The name of the stock model that a variant is compared with: that of as many steps."""
+    """The name of the stock model with which a variant is compared: the one with the same number of steps."""
     steps = next(r.get("steps") for r in rows if name_of(r) == name)
     return name_of({"beta": None, "steps": steps})
 
 
 def difference(rows: Sequence[Row], name: str, task: str, what: str = "accuracy") -> float | None:
-    """Mean difference to the stock model of as many steps over the seeds that both have, in points."""
+    """The mean difference in points to the stock model with the same number of steps, over the seeds that both have."""
     found, stock = of(rows, name, task), of(rows, stock_for(rows, name), task)
     pairs = [(found[s][what], stock[s]["accuracy"]) for s in found.keys() & stock.keys()]
     return 100 * statistics.mean(a - b for a, b in pairs) if pairs and pairs[0][0] is not None else None
@@ -134,7 +133,7 @@ def _accuracy(rows: Sequence[Row], name: str, task: str) -> str:
 
 
 def reached(rows: Sequence[Row], name: str, task: str) -> int | None:
-    """After how many quarters of the budget the mean curve is level with the end of the stock model's; or ``None``."""
+    """After how many quarters of the budget the mean curve reaches the final value of the stock model; ``None`` if never."""
     curves = [[r["curve"] for r in of(rows, n, task).values()] for n in (name, stock_for(rows, name))]
     if not all(curves):
         return None
@@ -142,27 +141,22 @@ def reached(rows: Sequence[Row], name: str, task: str) -> int | None:
     return next((i for i, point in enumerate(own, 1) if point >= stock[-1] - NEAR), None)
 
 
-def _markdown(lines: Sequence[Sequence[str]]) -> str:
-    head, *rest = ("| " + " | ".join(line) + " |" for line in lines)
-    return "\n".join([head, "|---" * len(lines[0]) + "|", *rest])
-
-
 def plot(results: Sequence[Row]) -> "Figure":
-    """Difference to the stock model after fine-tuning against beta, a line per task."""
+    """Draw the difference to the stock model after fine-tuning against beta, with a line per task."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.5, 4), layout="constrained")
     axes = figure.subplots()
     betas = [1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0]
     for task in dict.fromkeys(r["task"] for r in results if "task" in r):
-        names = [(b, f"beta {_fraction(b)}") for b in betas]
+        names = [(b, f"beta {fraction(b)}") for b in betas]
         points = [(b, difference(results, n, task)) for b, n in names if of(results, n, task)]
         points = [(b, d) for b, d in points if d is not None]
         axes.plot([b for b, _ in points], [d for _, d in points], marker="o", label=task)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.axhspan(-100 * NEAR, 100 * NEAR, alpha=0.15, color="gray")
     axes.set_xscale("log", base=2)
-    axes.set_xticks(betas, [_fraction(b) for b in betas])
+    axes.set_xticks(betas, [fraction(b) for b in betas])
     axes.set(xlabel="beta", ylabel="accuracy after fine-tuning, points above stock")
     axes.legend(frameon=False)
     return figure

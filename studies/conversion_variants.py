@@ -10,7 +10,7 @@ from hf_pareprop.tape import Tape
 
 
 def couple_layers(model: nn.Module) -> None:
-    """One step per layer of a reversible RoBERTa instead of one per sub-block."""
+    """Make every layer of a reversible RoBERTa one step, instead of every sub-block."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, tape: Tape, **kwargs) -> Tensor:
         norm_module, norm = tape.norm

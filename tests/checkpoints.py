@@ -28,3 +28,8 @@ def edit(src, **fields):
 
 def names_in(folder):
     return sorted(path.name for path in folder.iterdir())
+
+
+def assert_one_line(said, *parts):
+    lines = [line for line in said.splitlines() if line.strip()]
+    assert len(lines) == 1 and all(part in lines[0] for part in parts), said

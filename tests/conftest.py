@@ -10,7 +10,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 TESTS = ROOT / "tests"
 FOLDERS = [path for path in TESTS.iterdir() if path.is_dir() and not path.name.startswith("__")]
-sys.path[:0] = map(str, [ROOT, ROOT / "examples", TESTS, *FOLDERS])  # where tests find what they share
+sys.path[:0] = map(str, [ROOT, ROOT / "examples", TESTS, *FOLDERS])  # shared by the tests
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -21,6 +21,12 @@ if not torch.cuda.is_available():
 from families import FAMILIES  # noqa: E402, as it imports what reads these variables
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--every-case", action="store_true", help="also the cases of large tests that are left out otherwise"
+    )
+
+
 def pytest_configure(config):
     if not config.option.markexpr and not any("::" in argument for argument in config.args):
         config.option.markexpr = "not slow"
@@ -28,12 +34,13 @@ def pytest_configure(config):
     torch.set_num_threads(1)
 
 
-LARGE, SHARE = 12, 6
-"""Of a test with more cases than this in one family, the families with stages take one case in so many, drawn at random
-but always the same: their models take several times as long, and every value of every parameter stays in."""
+LARGE, LARGE_WITHOUT_FAMILY, SHARE, STAGED_SHARE = 12, 100, 5, 8
+"""If a test has more cases than this in a family, or altogether if it has no family, only one case in this many runs. The
+choice is random but always the same. Families with stages have a stricter choice, because their models take several times as
+long. `--every-case` runs all cases."""
 
 QUICK = 4
-"""Of a test with so many cases, or of one family, one case in so many is not slow."""
+"""If a test has at least twice this many cases in a family, one in this many runs by default. The others are marked slow."""
 
 
 def mark_slow(items):
@@ -53,20 +60,24 @@ def mark_slow(items):
                     item.add_marker("slow")
 
 
-@pytest.hookimpl(tryfirst=True)  # before the marks are looked at
+@pytest.hookimpl(tryfirst=True)  # before pytest reads the marks
 def pytest_collection_modifyitems(config, items):
     cases = {}
     for item in items:
         given = getattr(item, "callspec", None)
-        names = [given.params.get(key) for key in ("family", "name", "family_name")] if given else []
-        for name in names:
-            if isinstance(name, str) and name in FAMILIES and FAMILIES[name].row.staged:
-                cases.setdefault((item.function, name), []).append(item)
+        if given is None or config.option.every_case:
+            continue
+        named = (given.params.get(key) for key in ("family", "name", "family_name"))
+        family = next((name for name in named if isinstance(name, str) and name in FAMILIES), None)
+        cases.setdefault((item.function, family), []).append(item)
     spared = set()
-    for group in cases.values():
-        if len(group) > LARGE:
+    for (_, family), group in cases.items():
+        if len(group) > (LARGE if family else LARGE_WITHOUT_FAMILY):
+            share = STAGED_SHARE if family and FAMILIES[family].row.staged else SHARE
             spared.update(group)
-            spared.difference_update(Random(0).sample(group, len(group) // SHARE))
+            spared.difference_update(Random(0).sample(group, len(group) // share))
+    if not config.option.every_case:
+        spared.update(item for item in items if "every_case" in item.keywords)
     if spared:
         config.hook.pytest_deselected(items=[item for item in items if item in spared])
         items[:] = [item for item in items if item not in spared]
@@ -78,13 +89,13 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(params=FAMILIES)
 def family(request):
-    """Every family that has a row."""
+    """Each family that has a row."""
     return FAMILIES[request.param]
 
 
 @pytest.fixture(params=["inline", "thread"])
 def lane(request):
-    """Run `pareprop` on the CPU with and without a worker thread, whatever the machine's cores."""
+    """Run `pareprop` on the CPU with and without a worker thread, independent of the machine's cores."""
     from hf_pareprop.lanes import replaced, side_lane
 
     def lane_of(device):
@@ -106,7 +117,7 @@ def cpu_lane(name):
 
 @pytest.fixture
 def cores(monkeypatch):
-    """A function that gives the process so many cores, as far as it can see."""
+    """A function that makes the process see a given number of cores."""
 
     def give(count):
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(count)), raising=False)
@@ -116,7 +127,7 @@ def cores(monkeypatch):
 
 @pytest.fixture
 def rebuilt():
-    """The steps that were rebuilt since this list was last cleared: the layer's position, the step's within it."""
+    """The steps that were rebuilt since this list was last cleared, each as the layer's position and the step in it."""
     from hf_pareprop.observer import Observer, observing
 
     found = []
@@ -131,7 +142,7 @@ def rebuilt():
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """The command line: its arguments in, what it says out."""
+    """Run the command line with arguments. Returns what it prints."""
     from hf_pareprop.tools import cli
 
     def run(*arguments, status=0):
@@ -139,7 +150,7 @@ def run(monkeypatch, capsys):
         with pytest.raises(SystemExit) as end:
             cli.main()
         code = end.value.code
-        if isinstance(code, str):  # what the interpreter prints and turns into 1
+        if isinstance(code, str):  # the interpreter prints it and exits with 1
             code, message = 1, code
         else:
             message = ""

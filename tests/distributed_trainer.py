@@ -1,4 +1,4 @@
-"""Run by test_distributed.py: gradients of Trainer's first step, under DDP where it is launched in two processes."""
+"""Run by test_distributed.py: gradients of Trainer's first step, with DDP if it is launched in two processes."""
 
 import os
 import sys

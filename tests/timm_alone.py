@@ -1,4 +1,4 @@
-"""timm without torchvision, which it imports for its data sets and which does not import beside every version of PyTorch."""
+"""Import timm without torchvision. timm needs it only for data sets, and it does not work with every version of PyTorch."""
 
 import importlib.abc
 import importlib.machinery

@@ -1,15 +1,15 @@
-"""Where the bytes of a training step go, predicted from a configuration: the step runs on tensors without data.
+"""Predict where the bytes of a training step go, from a configuration. The step runs on tensors without data.
 
-The step is run twice on fake tensors, which have shapes and storages but no memory. In the second run every storage
-is followed from its allocation to its end; the moment at which most bytes are alive is the peak.
+It runs twice on fake tensors, which have shapes and storages but no memory. In the second run every storage is followed
+from its allocation to its end. The moment at which most bytes are alive is the peak.
 """
 
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from functools import partial
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from functools import cache, partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,23 +21,24 @@ from transformers.initialization import no_init_weights
 from ..lanes import InlineLane, Job, Lane, replaced, side_lane
 from ..layer_call import Pair
 from ..observer import Observer, observing
-from ..torch_private import DispatchMode
-from .contenders import Batch, Contender, Subject, forward_backward, make_optimizer
+from ..torch_private import DispatchMode, free_workspaces
+from .contenders import Batch, Contender, forward_backward, make_optimizer
 
 
 @dataclass(frozen=True)
 class Accounting:
-    """Bytes alive at the peak of a training step, by what they are for.
+    """Bytes alive at the peak of a training step, by purpose.
 
     Attributes:
-        parameters: weights and buffers, and the batch.
-        optimizer: its state.
-        gradients: of parameters.
+        parameters: weights, buffers and the batch.
+        optimizer: the state of the optimizer.
+        gradients: the gradients of parameters.
         states: what a reversible model keeps for rebuilding: pairs of states, side bits, results of linear layers.
-        graphs: activations that autograd has saved: of the whole model where they are stored, of a step or two where
-            they are rebuilt.
-        workspace: everything else: results on their way, gradients of activations.
-        activations: states and graphs at the moment when they are most, which may be another one.
+        graphs: activations that autograd has saved. They are those of the whole model if activations are stored, and those
+            of one or two steps if they are rebuilt.
+        workspace: everything else: intermediate results, gradients of activations, and the workspaces of cuBLAS. What
+            attention kernels allocate while they run is not known.
+        activations: the largest sum of states and graphs, which may occur at another moment than the peak.
     """
 
     parameters: int = 0
@@ -53,29 +54,40 @@ class Accounting:
         return sum(self.parts().values())
 
     def parts(self) -> dict[str, int]:
-        """Those that are alive together."""
+        """The parts that are alive together at the peak."""
         return {part.name: getattr(self, part.name) for part in fields(self) if part.name != "activations"}
 
 
-def predict(subject: Subject, contender: Contender, batch: Batch, device: torch.device, bf16: bool) -> Accounting:
-    """What a training step with AdamW will need at its peak.
+class Buildable(Protocol):
+    """Anything that can build models: a :class:`~hf_pareprop.tools.contenders.Subject`, for example."""
+
+    def build(self, contender: Contender) -> Any:
+        """A model for ``contender``, in training mode."""
+
+
+def predict(subject: Buildable, contender: Contender, batch: Batch, device: torch.device, bf16: bool) -> Accounting:
+    """Predict what a training step with AdamW needs at its peak.
 
     Args:
-        batch: tensors of the shapes and dtypes of the batch, on any device; their values are not read.
-        device: as of which the step runs: kernels, and with them what is saved, differ between devices.
+        subject: builds the model.
+        contender: the way to train.
+        batch: tensors with the shapes and dtypes of the batch, on any device. Their values are not read.
+        device: the device to predict for. Kernels differ between devices, and with them what autograd saves.
+        bf16: whether the step computes in bf16 autocast.
 
     Raises:
-        ValueError: ``contender`` is compiled or selective: what is kept is known after it has run.
+        ValueError: ``contender`` is compiled or selective. What it keeps is known only after it has run.
     """
     if not contender.predictable:
         raise ValueError(f"the memory of {contender.name} is not predicted: measure it.")
+    libraries = _taken_by_libraries(contender, device)
     with FakeTensorMode(), no_init_weights():
         with torch.device(device):
             model = subject.build(contender)
-            model.tie_weights()  # transformers does so where it makes weights
+            model.tie_weights()  # transformers does this only if it initializes weights
             inputs = {n: torch.empty(t.shape, dtype=t.dtype) for n, t in batch.items()}
         optimizer = make_optimizer(model)
-        ledger = _Ledger()
+        ledger = _Ledger(device)
 
         def step() -> None:
             forward_backward(model, inputs, contender, device, bf16)
@@ -84,22 +96,52 @@ def predict(subject: Subject, contender: Contender, batch: Batch, device: torch.
             optimizer.zero_grad(set_to_none=True)
 
         with observing(_Naming(ledger)), replaced(_ahead_lane):
-            step()  # makes the optimizer's state
+            step()  # creates the optimizer's state
             ledger.name("parameters", [*model.parameters(), *model.buffers(), *inputs.values()])
             ledger.name("optimizer", (v for state in optimizer.state.values() for v in state.values()))
             with ledger, _saved_ones_named(ledger):
                 step()
-        return ledger.at_peak()
+        found = ledger.at_peak()
+        return replace(found, workspace=found.workspace + libraries)
+
+
+def _taken_by_libraries(contender: Contender, device: torch.device) -> int:
+    """The bytes of cuBLAS's workspaces: it keeps one for each pair of a thread and a stream.
+
+    The forward and the backward pass have a thread each. With rebuilding ahead the backward thread uses two more streams.
+    """
+    if device.type != "cuda":
+        return 0
+    return _workspace_of_a_stream(device) * (4 if contender.engine == "pareprop" else 2)
+
+
+@cache
+def _workspace_of_a_stream(device: torch.device) -> int:
+    """The bytes that the first matrix products on a new stream leave allocated."""
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        matrix = torch.ones(16, 16, device=device)
+        before = torch.cuda.memory_allocated(device)
+        for dtype in (torch.float32, torch.bfloat16):
+            one = matrix.to(dtype)
+            torch.nn.functional.linear(one, one, one[0])
+        del one
+        taken = torch.cuda.memory_allocated(device) - before
+    free_workspaces()
+    return taken
 
 
 class _Ledger(DispatchMode):
-    """Follows the storages that operators make.
+    """Follows the storages that operators create.
 
-    What a storage is for may be known long after it was made, so the kinds are looked up for the peak in the end.
+    The purpose of a storage may become known long after it was created, so purposes are looked up at the end.
+
+    Args:
+        device: the device whose memory is counted. Offloaded activations, for example, are on another device.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__()
+        self._device_type = device.type
         self._numbers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._sizes: list[int] = []
         self._kinds: dict[int, str] = {}
@@ -113,20 +155,20 @@ class _Ledger(DispatchMode):
         return result
 
     def name(self, kind: str, tensors: Iterable[Any]) -> None:
-        """Say what tensors are for."""
+        """Set the purpose of tensors."""
         for tensor in tensors:
             if isinstance(tensor, Tensor):
                 self._kinds[self._number(tensor)] = kind
 
     def name_saved(self, tensor: Tensor) -> None:
-        """Like :meth:`name`, for what autograd saves; parameters and states are that besides."""
+        """Like :meth:`name`, for a tensor that autograd saves. Parameters and states keep their own purpose."""
         self._kinds.setdefault(self._number(tensor), "graphs")
 
     def _number(self, tensor: Tensor) -> int:
         storage = tensor.untyped_storage()
         if storage not in self._numbers:
             number = self._numbers[storage] = len(self._sizes)
-            self._sizes.append(storage.nbytes())
+            self._sizes.append(storage.nbytes() if tensor.device.type == self._device_type else 0)
             self._history.append((number, +1))
             weakref.finalize(storage, self._history.append, (number, -1)).atexit = False
         return self._numbers[storage]
@@ -154,7 +196,7 @@ class _Ledger(DispatchMode):
 
 @contextmanager
 def _saved_ones_named(ledger: _Ledger) -> Iterator[None]:
-    """Name what autograd saves, also under the hooks of others: activation checkpointing and offloading use them."""
+    """Name what autograd saves, even inside other saved-tensor hooks: activation checkpointing and offloading use them."""
     hooks: Any = saved_tensors_hooks
     original = hooks.__init__
 
@@ -187,14 +229,14 @@ class _Naming(Observer):
 
 
 def _ahead_lane(device: torch.device) -> Lane:
-    """The lane of ``device``, on a CPU without its second thread, which no ledger sees."""
+    """The lane to predict for ``device``. On a CPU it uses no second thread, because the ledger would not see it."""
     with replaced(None):
         lane = side_lane(device)
     return AheadLane() if lane.overlaps and device.type == "cpu" else lane
 
 
 class AheadLane(InlineLane):
-    """What a lane that overlaps has in memory, without overlapping: work runs as soon as it is begun."""
+    """A lane with the memory use of a lane that overlaps, but without overlap: work runs as soon as it is started."""
 
     overlaps = True
 

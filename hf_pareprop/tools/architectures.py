@@ -1,4 +1,4 @@
-"""How the stock models of one type map onto a reversible family: class names, parameter names, configuration fields."""
+"""How stock models of one model type map to a reversible family: class names, parameter names, configuration fields."""
 
 import re
 from collections.abc import Callable, Container, Mapping
@@ -15,22 +15,30 @@ from ..modeling_reversible import ReversiblePreTrainedModel
 
 Renames = tuple[tuple[str, str], ...]
 
+COUNT_FROM_PADDING = ("roberta", "xlm-roberta", "camembert", "bert")
+"""Model types whose positions count from `pad_token_id + 1`: in the stock model already, or in the converted model only."""
+
+
+def counts_from_padding(config: PreTrainedConfig) -> bool:
+    """Whether a model, stock or reversible, counts positions from `pad_token_id + 1`."""
+    return str(config.model_type).removeprefix("rev_") in COUNT_FROM_PADDING
+
 
 @dataclass(frozen=True)
 class Library:
     """Another library than transformers that has the stock models.
 
     Attributes:
-        name: for people.
-        models: which of its models are stock models of the family, for people.
-        head_of: of the contents of a `config.json`, which head of the family reads that checkpoint; `None` if it is not one
-            of this library, or of another family.
-        model_name: what it calls the twin of a reversible model; raises ValueError if it has none.
-        save: writes a checkpoint that it reads, from a reversible model, into a folder; the third argument is the
-            `preprocessor_config.json` of an image processor, which may not be there.
-        wrapper: what the names of the classes begin with in which transformers wraps its models.
-        wrapper_config: the configuration of such a wrapper for the twin of a reversible model; raises ValueError if it has
-            none.
+        name: the name to show to users.
+        models: the name of those of its models that belong to the family, to show to users.
+        head_of: a function from the contents of a `config.json` to the family's head that reads the checkpoint; `None` if
+            the checkpoint is not of this library and family.
+        model_name: the library's name for the stock twin of a reversible model; raises ValueError if there is no twin.
+        save: writes a reversible model into a folder as a checkpoint of the library. The third argument is the path of the
+            `preprocessor_config.json` of an image processor, which need not exist.
+        wrapper: the beginning of the names of the classes in which transformers wraps the library's models.
+        wrapper_config: the configuration of such a wrapper for the twin of a reversible model; raises ValueError if there is
+            no twin.
     """
 
     name: str
@@ -44,19 +52,20 @@ class Library:
 
 @dataclass(frozen=True)
 class Architecture:
-    """How the stock models of one type map onto a reversible family.
+    """How stock models of one model type map to a reversible family.
 
     Attributes:
-        model_type: of the stock checkpoints. That of a family's first architecture is the family's own without ``rev_``.
-        prefix: what the stock class names begin with; ``None`` where transformers has no such classes.
-        library: then, which has the stock models.
-        renames: patterns and replacements, in order, from stock parameter names to the reversible ones; names that the
-            reversible model knows already stay.
-        head_renames: the same for one head, before ``renames``.
-        fields: configuration fields that the reversible model needs beside the stock ones.
-        positions_start_at_zero: whether position 0 is the first token's, as in BERT; RoBERTa counts from
-            ``pad_token_id + 1``, so its table has as many rows more in front.
-        heads: from what a stock class name ends with to the reversible class; the family fills it in.
+        model_type: the model type of the stock checkpoints. For a family's first architecture it is the family's own model
+            type without ``rev_``.
+        prefix: the beginning of the stock class names; ``None`` if transformers has no such classes.
+        library: the library that has the stock models, if transformers has none.
+        renames: patterns and replacements, applied in order, from stock parameter names to reversible ones. Names that the
+            reversible model already has are not changed.
+        head_renames: the same for single heads, applied before ``renames``.
+        fields: configuration fields that the reversible model needs in addition to the stock ones.
+        positions_start_at_zero: whether the first token has position 0, as in BERT. RoBERTa counts from
+            ``pad_token_id + 1``, so its position table begins with that many more rows.
+        heads: maps the end of a stock class name to the reversible class. The family fills it in.
 
     Example:
         >>> Architecture("bert", "Bert", renames=((r"^bert\\.", "roberta."),), positions_start_at_zero=True)
@@ -77,13 +86,13 @@ class Architecture:
         return self.prefix is not None
 
     def head_of(self, cls: type[PreTrainedModel]) -> str:
-        """What the stock twin's name of a reversible class ends with.
+        """The end of the name of the stock twin of a reversible class.
 
         Args:
-            cls: of the family, or derived from such a class, or loaded as remote code.
+            cls: a class of the family, one derived from it, or one loaded as remote code.
 
         Raises:
-            ValueError: it is not of the family.
+            ValueError: the class is not of the family.
         """
         names = {base.__name__ for base in cls.__mro__}
         for head, twin in self.heads.items():
@@ -105,7 +114,7 @@ class Architecture:
         return getattr(transformers, self.prefix + head)
 
     def reversible_name(self, name: str, head: str, known: Container[str]) -> str:
-        """What the reversible model calls the stock parameter ``name``; ``known`` are its parameters."""
+        """The reversible model's name for the stock parameter ``name``. ``known`` are the names of its parameters."""
         if name in known:
             return name
         for pattern, replacement in (*self.head_renames.get(head, ()), *self.renames):
@@ -113,14 +122,12 @@ class Architecture:
         return name
 
     def reserved_rows(self, config: PreTrainedConfig) -> int:
-        """Rows of the position table before the first token's, in the reversible model but not in the stock one."""
+        """The number of rows that the reversible position table has before the first token's, and the stock one has not."""
         if not self.positions_start_at_zero:
             return 0
         padding = config.pad_token_id
         if padding is None:
-            raise ValueError(
-                "pad_token_id is None: positions are counted from it, so the configuration has to name one."
-            )
+            raise ValueError("pad_token_id is None: positions are counted from it, so set it in the configuration.")
         return padding + 1
 
     def to_reversible_tensor(self, name: str, tensor: Tensor, config: PreTrainedConfig) -> Tensor:

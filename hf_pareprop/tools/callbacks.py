@@ -1,4 +1,4 @@
-"""What callbacks of Trainer share, and the one that keeps graphs while there is memory."""
+"""What the callbacks of Trainer share, and the callback that keeps graphs while there is memory."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ def reversible_in(model: Any) -> ReversiblePreTrainedModel:
     """The reversible model in ``model``, which may be an adapter around it.
 
     Raises:
-        ValueError: there is none.
+        ValueError: ``model`` holds no reversible model.
     """
     for module in model.modules():
         if hasattr(module, "set_beta"):
@@ -23,11 +23,11 @@ def reversible_in(model: Any) -> ReversiblePreTrainedModel:
 
 
 class MemoryBudget(TrainerCallback):
-    """Keeps as many results of linear layers and graphs of layers as fit, instead of rebuilding them, while Trainer trains.
+    """While Trainer trains, keeps as many results of linear layers and graphs of layers as fit, instead of rebuilding them.
 
-    The gradients are the same. Where everything fits nothing is rebuilt. The configuration, and with it every
-    checkpoint, stays as it is: the budget belongs to a machine. As soon as it is known what is kept, and once more at the
-    end of training, a line at level INFO says so, with the peak of memory and about what plain training would need.
+    The gradients are the same. If everything fits, nothing is rebuilt. The configuration and the checkpoints are not changed,
+    because the budget depends on the machine. As soon as it is known what is kept, and again at the end of training, a line
+    at level INFO tells it. The line also has the peak of memory, and about what plain training would need.
 
     Args:
         budget: "gradients", "auto", an amount such as "4GB", a part of the free memory such as "80%", or "4 layers"; see
@@ -48,7 +48,7 @@ class MemoryBudget(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         reversible = reversible_in(model)
-        self._before = reversible.base_model.retention
+        self._before = reversible.layer_runner.retention
         reversible.set_memory_budget(self.budget)
         self._told = False
 
@@ -61,18 +61,18 @@ class MemoryBudget(TrainerCallback):
         reversible = reversible_in(model)
         if (said := memory_in_words(reversible)) is not None:
             logger.info(said)
-        base: Any = reversible.base_model
-        base.retention = self._before
+        runner: Any = reversible.layer_runner
+        runner.retention = self._before
 
 
 def memory_in_words(model: ReversiblePreTrainedModel) -> str | None:
-    """What a model keeps of its forward passes, and memory; ``None`` while its budget has not found out.
+    """What a model keeps of its forward passes and how much memory it uses, in words; ``None`` while that is unknown.
 
-    Plain training is predicted to need what is in use between steps, and the graphs of all layers, as they were measured, or the
+    The prediction for plain training is what is in use between steps, plus the measured graphs of all layers or the
     gradients of all parameters, whichever is more.
     """
-    base: Any = model.base_model
-    retention, plans = base.retention, model.layer_plans
+    runner: Any = model.layer_runner
+    retention, plans = runner.retention, model.layer_plans
     if retention is None or retention.latest is None:
         return None
     kept, depth = retention.latest, len(plans)

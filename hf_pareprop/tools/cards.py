@@ -16,6 +16,7 @@ from .records import layers_in_words, width_of
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
 _PIPELINES = {
+    "AutoModelForCausalLM": "text-generation",
     "AutoModelForMaskedLM": "fill-mask",
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForTokenClassification": "token-classification",
@@ -25,7 +26,7 @@ _PIPELINES = {
 
 
 INHERITED = ("license", "license_name", "license_link", "language")
-"""What the metadata of a base model's card says of everything that is derived from it."""
+"""The metadata of a base model's card that also hold for models derived from it."""
 
 
 def model_card(
@@ -43,8 +44,8 @@ def model_card(
 
     Args:
         model_name: directory or Hub id to load it from.
-        base_model: the checkpoint that was converted, or `trained from scratch`; a Hub id becomes metadata, too.
-        accuracy: between 0 and 1, on the test split of ``dataset``; it becomes metadata, too.
+        base_model: the checkpoint that was converted, or `trained from scratch`. A Hub id is also written as metadata.
+        accuracy: between 0 and 1, on the test split of ``dataset``. It is also written as metadata.
         left_out: tensors of the base model that the reversible model has no place for.
         base_card: the base model's card, whose licence and languages are taken over if it exists.
 
@@ -80,6 +81,7 @@ def model_card(
         base_model=base_model,
         license=data.license or "not stated by the base model",
         beta=config.beta,
+        steps="whole layers" if config.steps == "layer" else "sub-blocks of layers",
         layers=layers_in_words(config),
         width=width_of(config),
         grid_bits=config.grid_bits,
@@ -87,11 +89,12 @@ def model_card(
         training=training,
         accuracy="not measured" if accuracy is None else f"{100 * accuracy:.1f} % on the test split",
         left_out=", ".join(left_out) or "nothing",
+        kind="A decoder" if "AutoModelForCausalLM" in model.auto_map else "An encoder only",
     )
 
 
 def _inherited(card: Path | None) -> dict[str, Any]:
-    """The metadata that a base model's card hands down; nothing where there is no card or no metadata that can be read."""
+    """The metadata that a model inherits from a base model's card. Empty if there is no card or it cannot be read."""
     if card is None or not card.is_file():
         return {}
     try:
@@ -104,7 +107,7 @@ def _inherited(card: Path | None) -> dict[str, Any]:
 def training_card(
     model: ReversiblePreTrainedModel, *, training: TrainingArguments, dataset: str, base_model: str, accuracy: float
 ) -> ModelCard:
-    """The card of a model that `Trainer` has trained with `training`."""
+    """The card of a model that `Trainer` has trained with the arguments `training`."""
     length = f"{training.max_steps} steps" if training.max_steps > 0 else f"{training.num_train_epochs:g} epochs"
     description = (
         f"{length}, batch size {training.per_device_train_batch_size}, learning rate {training.learning_rate:g}, seed "

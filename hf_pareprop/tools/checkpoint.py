@@ -1,39 +1,30 @@
-"""Checkpoints loaded: whole, or as a plan of which tensor goes where."""
+"""Load checkpoints, with their weights or as a plan. A plan says which tensor of the checkpoint goes where in the model."""
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from ..modeling_reversible import ReversiblePreTrainedModel
-from .families import MODEL_CLASSES, architecture_of, library_class
-from .source import CheckpointError, Source, one_line
+from .configuration import check_buildable, config_of
+from .families import ARCHITECTURES, MODEL_CLASSES, architecture_of, library_class
+from .source import MADE_NO_SENSE, CheckpointError, Source, one_line, quoted
 from .weights import Weights, open_weights
-
-DEEPEST = 1000
-"""Layers; more are a mistake."""
-
-PROBABILITIES = ("dropout_prob", "drop_path_rate", "_dropout")
-"""What the names of fields end with that are probabilities; `classifier_dropout` may be null as well."""
-
-NOT_COUNTS = {"num_labels", "num_classes", "num_features"}
-"""Fields that begin like numbers of layers or heads and may be 0."""
 
 
 @dataclass
 class Loaded:
-    """A model and what its checkpoint and its class did not agree on.
+    """A model, and the differences between its checkpoint and its class.
 
     Attributes:
-        model: with the weights; or, as a plan, with one number for each tensor (:meth:`Weights.numbered`).
-        weights: of the checkpoint.
-        left_out: tensors that the class has no place for, and that transformers leaves out, too.
-        notes: what else a user should know.
+        model: the model with its weights; in a plan, every tensor holds one number (:meth:`Weights.numbered`).
+        weights: the weights of the checkpoint.
+        left_out: tensors that the class has no place for. Transformers leaves them out as well.
+        notes: other facts that a user should know.
     """
 
     model: PreTrainedModel
@@ -43,59 +34,70 @@ class Loaded:
 
 
 def plan_stock(source: Source, *, allow_pickle: bool = False) -> Loaded:
-    """The stock model in ``source``, in the class that its configuration names, as a plan without values.
+    """Load the stock model in ``source`` as a plan, in the class that its configuration names.
 
-    Where transformers has no such class, as of models of timm, it is the reversible class at ``beta=0``.
+    If transformers has no such class, as for models of timm, the reversible class at ``beta=0`` is used.
 
     Raises:
         CheckpointError: the weights are missing, damaged, pickled without ``allow_pickle``, or not those of the class.
         ValueError: the architecture has no reversible twin.
     """
     weights = open_weights(source, allow_pickle)
-    cls, config = stock_class(source, len(weights.shapes))
+    cls, config = stock_class(source, weights.shapes)
     return _load(source, cls, config, weights, weights.numbered(getattr(config, "vocab_size", None)), None)
 
 
 def load_stock(source: Source, *, dtype: str = "auto", allow_pickle: bool = False) -> Loaded:
-    """The same with its weights."""
+    """Load the stock model in ``source`` with its weights. Raises the same errors as :func:`plan_stock`."""
     weights = open_weights(source, allow_pickle)
-    cls, config = stock_class(source, len(weights.shapes))
+    cls, config = stock_class(source, weights.shapes)
     return _load(source, cls, config, weights, weights.all(), dtype)
 
 
 def load_reversible(source: Source, *, dtype: str = "auto") -> Loaded:
-    """The reversible model in ``source``; its own code is not run, that of this package is.
-
-    Raises:
-        CheckpointError: it is not a reversible checkpoint of this package, or damaged.
-    """
+    """Load the reversible model in ``source``. The code in the checkpoint is not run; that of this package is used."""
     cls, weights = reversible_class(source), open_weights(source)
-    config = config_of(source, cls.config_class, tensors=len(weights.shapes))
+    config = config_of(source, cls.config_class, shapes=weights.shapes)
     return _load(source, cls, config, weights, weights.all(), dtype)
 
 
 def reversible_class(source: Source) -> type[ReversiblePreTrainedModel]:
-    """The class of this package that the configuration of ``source`` names.
-
-    Raises:
-        CheckpointError: it names none.
-    """
+    """The class of this package that the configuration of ``source`` names."""
+    check_names_a_class(source)
     if source.class_name not in MODEL_CLASSES:
         raise CheckpointError(
-            f"{source.name} holds a {source.class_name or source.model_type or 'model of no named class'}, which is not a "
-            "reversible model of this package: convert it first with hf-pareprop convert."
+            f"{source.name} holds a {source.class_name}, which is not a reversible model of this package: convert it first with hf-pareprop convert."
         )
-    return MODEL_CLASSES[source.class_name]
+    found: Any = MODEL_CLASSES[source.class_name]
+    if source.model_type != (expected := found.config_class.model_type):
+        raise CheckpointError(
+            f"config.json of {source.name} says model_type={quoted(source.config.get('model_type'))}, and a {found.__name__} has "
+            f'"{expected}". Correct it there.'
+        )
+    return found
 
 
-def stock_class(source: Source, tensors: int = DEEPEST) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
-    """The class of the stock model in ``source``, or the reversible one where transformers has none, and its configuration.
+def check_names_a_class(source: Source) -> None:
+    """Raise CheckpointError if the configuration of ``source`` does not name the class of the model."""
+    if not source.class_name:
+        given = quoted(source.config.get("architectures"))
+        raise CheckpointError(
+            f"config.json of {source.name} says architectures={given}, which names no class: write the model's class there, such as "
+            '["RobertaForMaskedLM"].'
+        )
+
+
+def stock_class(
+    source: Source, shapes: Mapping[str, Tensor] | None = None
+) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    """The class and the configuration of the stock model in ``source``. If transformers has no class, the reversible one.
 
     Args:
-        tensors: of how many the weights are.
+        source: the checkpoint.
+        shapes: the shapes of the weights by name, if they are known.
 
     Raises:
-        CheckpointError: the configuration is not one.
+        CheckpointError: the configuration is not usable.
         ValueError: the architecture has no reversible twin.
     """
     if source.model_type.startswith("rev_"):
@@ -103,73 +105,20 @@ def stock_class(source: Source, tensors: int = DEEPEST) -> tuple[type[PreTrained
             f"{source.name} is reversible already: change its beta with from_pretrained(..., beta=…)."
         )
     if own := library_class(source.config):
-        config = config_of(source, own.config_class, tensors=tensors)
+        config = config_of(source, own.config_class, shapes=shapes)
         config.beta = 0.0
         return own, config
     if source.model_type not in CONFIG_MAPPING:
+        field = "architecture" if "architecture" in source.config else "model_type"  # timm's field is architecture
         raise ValueError(
-            f"{source.name} has model type {source.model_type!r}, which transformers {transformers.__version__} does not "
-            "know and which has no reversible twin."
+            f"config.json of {source.name} says {field}={quoted(source.config.get(field))}, which transformers "
+            f"{transformers.__version__} does not know and which has no reversible twin: those with one are "
+            f"{', '.join(a.model_type if a.library is None else f'{a.library.models} of {a.library.name}' for a in ARCHITECTURES.values())}."
         )
+    check_names_a_class(source)
     architecture, head = architecture_of(source.class_name)
     cls = getattr(transformers, source.class_name)
-    return cls, config_of(source, cls.config_class, architecture.heads[head].config_class, tensors)
-
-
-def config_of(source: Source, config_class: Any, own: Any = None, tensors: int = DEEPEST) -> Any:
-    """The configuration in ``source``.
-
-    Args:
-        own: the configuration class of the reversible twin, if that is another one.
-        tensors: of how many the weights are; there are not more layers.
-
-    Raises:
-        CheckpointError: a field is not what it should be.
-    """
-    fields = dict(source.config)
-    if (depth := _depth(source, own or config_class)) > min(tensors, DEEPEST):
-        what = f"its weights are {tensors} tensors" if tensors < depth else "no model is so deep"
-        raise CheckpointError(
-            f"config.json of {source.name} says that the model has {depth} layers, but {what}: correct it."
-        )
-    for name, value in fields.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise CheckpointError(f"config.json of {source.name} says {name}={value}, which is not a number.")
-        if name.endswith(PROBABILITIES) and type(value) in (int, float) and not 0 <= value <= 1:
-            raise CheckpointError(
-                f"config.json of {source.name} says {name}={value}: a probability, 0 to 1, is expected."
-            )
-        counts = name.startswith("num_") or name.endswith(("_size", "_dim", "_embeddings")) or name == "depths"
-        if not counts or name in NOT_COUNTS:
-            continue
-        for number in value if isinstance(value, list) else [value]:
-            if type(number) in (int, float) and not number > 0:
-                raise CheckpointError(f"config.json of {source.name} says {name}={value}, which has to be above 0.")
-    try:
-        if hasattr(config_class, "stock_dict") and source.model_type != config_class.model_type:
-            fields = config_class.from_stock_dict(config_class.stock_dict(fields))
-        return config_class.from_dict(fields)
-    except (
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-        StrictDataclassError,
-    ) as error:
-        raise CheckpointError(f"config.json of {source.name} is not that of a model: {one_line(error)}") from error
-
-
-def _depth(source: Source, own: Any) -> int:
-    """How many layers a configuration says that there are, before anything is made of so many.
-
-    Args:
-        own: the configuration class of the reversible twin, which knows the fields that say it.
-    """
-    given: list[Any] = [source.config.get(name) for name in own.depth_fields(1)]
-    lists = [value if isinstance(value, list) else [value] for value in given]
-    return int(max(sum(number for number in numbers if type(number) in (int, float)) for numbers in lists))
+    return cls, config_of(source, cls.config_class, architecture.heads[head].config_class, shapes)
 
 
 def _load(
@@ -181,14 +130,15 @@ def _load(
     dtype: str | None,
     **options: Any,
 ) -> Loaded:
-    """A model from tensors by the names in its checkpoint, made by transformers.
+    """Let transformers make a model from tensors with the names of a checkpoint.
 
     Args:
-        dtype: of the model; `auto` for that of the checkpoint.
+        dtype: the dtype of the model; `auto` takes that of the checkpoint.
     """
+    check_buildable(source, cls, config, weights.shapes)
     loads: Any = cls.from_pretrained
     options_and_dtype = {**options, "dtype": weights.dtype(config) if dtype == "auto" else dtype or torch.float32}
-    # Of tensors of another shape transformers says which they are only where it may leave them out.
+    # Transformers names tensors of the wrong shape only if it is allowed to leave them out.
     options_and_dtype["ignore_mismatched_sizes"] = True
     try:
         model, info = loads(None, config=config, state_dict=tensors, output_loading_info=True, **options_and_dtype)
@@ -196,9 +146,9 @@ def _load(
         raise CheckpointError(
             f"the weights of {source.name} are not those of its configuration: {one_line(error)}"
         ) from error
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except MADE_NO_SENSE as error:
         raise CheckpointError(
-            f"config.json of {source.name} is not that of a {cls.__name__}: {one_line(error)}"
+            f"config.json of {source.name} is not that of a {cls.__name__}: {one_line(error)} Correct it there."
         ) from error
     if mismatched := sorted(info["mismatched_keys"]):
         name, found, expected = mismatched[0]

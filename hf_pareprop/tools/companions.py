@@ -1,4 +1,4 @@
-"""What travels with a model's weights: tokenizer, image processor, the modules of a sentence encoder; and what does not."""
+"""Copy the files beside a model's weights: tokenizer, image processor, modules of a sentence encoder. Code is not copied."""
 
 import json
 import shutil
@@ -9,19 +9,27 @@ from typing import Any
 
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
+from ..remote_code import is_marked
 from .source import SENTENCE_ENCODER, CheckpointError, Source, read_json, read_without_code
 
 EXPECTED = ("config.json", "README.md", ".*", "*.safetensors", "*.safetensors.index.json", "pytorch_model*")
-"""What nobody misses: it is read, or written anew."""
+"""Files that do not count as left out, because they are read or written again."""
+
+
+VOCABULARY_FILES = ("tokenizer.json", "vocab.json")
+"""JSON files that hold many words and never name code."""
+
+LARGEST_VOCABULARY = 500 * 2**20
 
 
 @dataclass
 class Copied:
-    """
+    """What was copied.
+
     Attributes:
-        names: of the files that were copied.
-        left: files of the source that were not.
-        notes: what else a user should know.
+        names: the names of the copied files.
+        left: the names of files in the source that were not copied.
+        notes: other facts that a user should know.
     """
 
     names: list[str] = field(default_factory=list)
@@ -33,12 +41,11 @@ def copy_companions(source: Source, folder: Path, model_type: str, allow_pickle:
     """Copy the files beside the weights, without the code that they name.
 
     Args:
-        model_type: of the stock model, which says the tokenizer's class where the files do not: the Auto classes could
-            not find it by the model type of the copy.
+        source: the checkpoint to copy from.
+        folder: the directory to copy to.
+        model_type: the type of the stock model. If the files do not name the class of the tokenizer, it follows from this
+            type. The Auto classes cannot find it by the model type of the copy.
         allow_pickle: whether pickled weights of a sentence encoder's modules are copied.
-
-    Raises:
-        CheckpointError: a file leads out of the checkpoint, is damaged, or a pickle.
     """
     copied = Copied()
     for name in source.companions():
@@ -51,7 +58,7 @@ def copy_companions(source: Source, folder: Path, model_type: str, allow_pickle:
 
 
 def _copy(source: Source, name: str, folder: Path, copied: Copied, kind: type = dict) -> None:
-    """One file; of JSON objects that people read, without the code that they name."""
+    """Copy one file. Fields that name code are removed from JSON files, except from those that hold vocabularies."""
     path = source.plain_file(name)
     if path is None:
         return
@@ -59,11 +66,13 @@ def _copy(source: Source, name: str, folder: Path, copied: Copied, kind: type = 
     target.parent.mkdir(parents=True, exist_ok=True)
     kept: Any = None
     dropped: list[str] = []
-    if path.suffix == ".json" and path.name not in ("tokenizer.json", "vocab.json"):
+    if path.name in VOCABULARY_FILES:
+        read_json(path, largest=LARGEST_VOCABULARY)
+    elif path.suffix == ".json":
         kept, dropped = read_without_code(path, kind)
     if dropped:
         target.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        copied.notes.append(f"{name}: {', '.join(dropped)} left out, as foreign code is not carried along")
+        copied.notes.append(f"{name}: {', '.join(dropped)} left out, because foreign code is not copied")
     else:
         shutil.copyfile(path, target)
     copied.names.append(name)
@@ -79,7 +88,7 @@ def _name_tokenizer(source: Source, folder: Path, model_type: str) -> None:
 
 
 def _copy_sentence_encoder(source: Source, folder: Path, copied: Copied, allow_pickle: bool) -> None:
-    """The modules of sentence-transformers: pooling, normalization, length, prompts."""
+    """Copy the modules of sentence-transformers: pooling, normalization, length, prompts."""
     path = source.plain_file("modules.json")
     if path is None:
         return
@@ -98,12 +107,12 @@ def _copy_sentence_encoder(source: Source, folder: Path, copied: Copied, allow_p
     for name in SENTENCE_ENCODER:
         _copy(source, name, folder, copied, list if name == "modules.json" else dict)
     for module in modules:
-        if Path(module["path"]).is_absolute():
+        if Path(module["path"]).is_absolute() or ".." in Path(module["path"]).parts:
             raise CheckpointError(
-                f"{path} has a module at {module['path']}: paths within the checkpoint are expected."
+                f"{path} has a module at {module['path']}, which leads out of the checkpoint: paths within it are expected."
             )
         place = source.folder / module["path"]
-        if not module["path"] or not place.is_dir():
+        if not Path(module["path"]).parts or not place.is_dir():  # the paths "" and "." mean the checkpoint itself
             continue
         for file in sorted(place.iterdir()):
             name = file.relative_to(source.folder).as_posix()
@@ -117,8 +126,9 @@ def _copy_sentence_encoder(source: Source, folder: Path, copied: Copied, allow_p
 
 
 def _others(source: Source, copied: Iterable[str]) -> Iterable[str]:
-    """What lies beside the copied files."""
+    """The other files and directories of the source, except code that this package wrote."""
     known = {Path(name).parts[0] for name in copied}
     for path in source.folder.iterdir():
-        if path.name not in known and not any(path.match(pattern) for pattern in EXPECTED):
+        own = path.suffix == ".py" and path.is_file() and is_marked(path.read_bytes())
+        if path.name not in known and not own and not any(path.match(pattern) for pattern in EXPECTED):
             yield path.name + ("/" if path.is_dir() else "")

@@ -1,7 +1,9 @@
-"""Several ways to train a model, side by side on this machine: time, memory, and how large a batch may be."""
+"""Compare several ways to train a model on this machine: time, memory, and the largest batch."""
 
 import statistics
-from collections.abc import Callable, Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -13,24 +15,24 @@ from ..memory_probe import free_memory
 from .accounting import Accounting, predict
 from .contenders import STOCK, Batch, Contender, Subject, Twins
 from .memory import peak_bytes
-from .records import size_in_words
+from .records import number, size_in_words
 from .timing import OUT_OF_MEMORY, error_of, release, time_interleaved
 
 
 @dataclass
 class Row:
-    """What was measured of a contender at a batch size; ``None`` where nothing was.
+    """What was measured for a contender at a batch size. ``None`` means not measured.
 
     Attributes:
-        ms: every sample of the time of a training step.
-        peak_bytes: allocated at the peak, weights and optimizer included.
-        reserved_bytes: the same with the allocator's reserve; CUDA only.
-        predicted: the accounting's bytes by what they are for.
-        activation_bytes: by the accounting, what is kept of the forward pass at the moment when that is most.
+        ms: every sample of the time of a training step, in milliseconds.
+        peak_bytes: bytes allocated at the peak, with weights and optimizer.
+        reserved_bytes: the same with the reserve of the allocator; CUDA only.
+        predicted: the bytes at the peak by purpose, as the accounting predicts them.
+        activation_bytes: the predicted bytes that are kept of the forward pass, at the moment when they are most.
         error: why there is no time, or no peak.
     """
 
-    contender: str
+    contender: Contender
     batch_size: int
     ms: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
@@ -41,7 +43,7 @@ class Row:
 
     @property
     def range(self) -> tuple[float, float]:
-        """Samples per second in the slowest and in the fastest step; 0 where nothing was measured."""
+        """Samples per second in the slowest and in the fastest step; 0 if nothing was measured."""
         if not self.ms:
             return 0.0, 0.0
         return 1e3 * self.batch_size / max(self.ms), 1e3 * self.batch_size / min(self.ms)
@@ -51,30 +53,45 @@ class Row:
         return 1e3 * self.batch_size / statistics.median(self.ms) if self.ms else None
 
     @property
+    def rate(self) -> str:
+        """Samples per second for a table, and in brackets those in the slowest and in the fastest step."""
+        slowest, fastest = self.range
+        return f"{number(self.samples_per_second, '.2f')} [{slowest:.2f}-{fastest:.2f}]"
+
+    @property
     def predicted_bytes(self) -> int | None:
         return sum(self.predicted.values()) if self.predicted else None
 
     @property
     def needed_bytes(self) -> int | None:
-        """At the peak, measured or else predicted."""
+        """Bytes at the peak: measured, or else predicted."""
         return self.peak_bytes if self.peak_bytes is not None else self.predicted_bytes
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """The row as a dictionary for JSON."""
+        return {**asdict(self), "contender": self.contender.as_dict()}
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> "Row":
+        """The inverse of :meth:`as_dict`."""
+        return cls(**{**found, "contender": Contender.from_dict(found["contender"])})
 
 
-def resized(batch: Batch, size: int) -> dict[str, Any]:
-    """The rows of ``batch``, in turn, until there are ``size``."""
-    return {name: tensor[torch.arange(size, device=tensor.device) % len(tensor)] for name, tensor in batch.items()}
+def resized(batch: Batch, size: int, device: torch.device | str | None = None) -> dict[str, Any]:
+    """A batch of ``size`` rows: those of ``batch``, repeated in turn, and moved to ``device`` if it is given."""
+    moved = {name: tensor.to(device or tensor.device) for name, tensor in batch.items()}
+    return {name: tensor[torch.arange(size, device=tensor.device) % len(tensor)] for name, tensor in moved.items()}
 
 
 class Comparison:
     """A model to train, one batch to repeat, and the ways to train it.
 
     Args:
-        batch: of any size, with labels; its rows are repeated for larger batches.
+        subject: the model to train.
+        batch: a batch of any size, with labels. Its rows are repeated for larger batches.
+        device: the device to train on.
         bf16: whether to compute in bf16 autocast.
-        cap: bytes that training may take; on CUDA the process is held to them. Default: the device's memory.
+        cap: the bytes that training may take. On CUDA the process cannot allocate more. Default: the device's memory.
 
     Raises:
         ValueError: ``cap`` does not even hold the weights and the optimizer's state.
@@ -95,7 +112,7 @@ class Comparison:
 
     def predict(self, contender: Contender, size: int) -> Accounting:
         if (contender, size) not in self._predictions:
-            batch = resized({name: t.to("meta") for name, t in self._template.items()}, size)
+            batch = resized(self._template, size, "meta")
             self._predictions[contender, size] = predict(self._subject, contender, batch, self._device, self._bf16)
         return self._predictions[contender, size]
 
@@ -108,42 +125,44 @@ class Comparison:
         seconds: float = float("inf"),
         accounting: bool = True,
     ) -> list[Row]:
-        """Each contender at its batch size: times in rounds over all of them, then peaks one by one.
+        """Measure each contender at its batch size: first the times, in rounds over all contenders, then the peaks.
 
-        After so many ``seconds`` no further round of timing begins. Without ``accounting`` nothing is predicted beside it.
+        After ``seconds`` no further round of timing begins. With ``accounting`` the memory is also predicted.
 
-        What runs out of memory, or would on a CPU, is a row with that error.
+        A contender that runs out of memory, or would do so on a CPU, gets a row with that error.
         """
-        rows = {contender: Row(contender.name, size) for contender, size in sizes.items()}
-        steps: dict[str, Callable[[], Callable[[], None]]] = {}
+        rows = {contender: Row(contender, size) for contender, size in sizes.items()}
+        steps: dict[Contender, Callable[[], Callable[[], None]]] = {}
         for contender, row in rows.items():
             if accounting and contender.predictable:
                 bytes_ = self.predict(contender, row.batch_size)
                 row.predicted, row.activation_bytes = bytes_.parts(), bytes_.activations
             if self._device.type == "cpu" and (row.predicted_bytes or 0) > self.cap:
-                row.error = OUT_OF_MEMORY  # a process is not told of it on a CPU but killed
+                row.error = OUT_OF_MEMORY  # on a CPU there would be no error: the system kills the process
                 continue
-            steps[contender.name] = partial(self.step, contender, row.batch_size)
-        by_name = {row.contender: row for row in rows.values()}
+            steps[contender] = partial(self.step, contender, row.batch_size)
 
-        def report(method: str, ms: float | None = None, error: str | None = None) -> None:
-            row = by_name[method]
+        def report(method: Contender, ms: float | None = None, error: str | None = None) -> None:
+            row = rows[method]
             row.error = error
             if ms is not None:
                 row.ms.append(ms)
-                say(f"{method}, batch {row.batch_size}: {ms:.0f} ms")
-            else:
-                say(f"{method}, batch {row.batch_size}: {error}")
+            say(f"{method.name}, batch {row.batch_size}: {error if ms is None else f'{ms:.0f} ms'}")
 
+        # A CUDA graph keeps its memory, so each is timed in one go. Other work of the host does not slow it down.
+        graphs = {contender: steps.pop(contender) for contender in [*steps] if contender.graphed}
         with capped(self._device, self.cap):
-            time_interleaved(steps, rounds, warm_ups, self._device, report, seconds)
-            for contender, row in rows.items():
-                if row.error is None:
-                    self._measure_peak(contender, row)
+            for group in (steps, *({contender: step} for contender, step in graphs.items())):
+                time_interleaved(group, rounds, warm_ups, self._device, report, seconds)
+                for contender in group:
+                    if rows[contender].error is None:
+                        self._twins.forget_graph()
+                        self._measure_peak(contender, rows[contender])
+                self._twins.forget_graph()
         return list(rows.values())
 
     def step(self, contender: Contender, size: int) -> Callable[[], None]:
-        batch = {name: t.to(self._device) for name, t in resized(self._template, size).items()}
+        batch = resized(self._template, size, self._device)
         return partial(self._twins.step, contender, batch, self._bf16)
 
     def _measure_peak(self, contender: Contender, row: Row) -> None:
@@ -160,7 +179,7 @@ class Comparison:
             row.peak_bytes = self._twins.static_bytes() + inputs + peak_bytes(step, self._device)
 
     def predicted_limit(self, contender: Contender, cap: int, at_most: int | None = None) -> int:
-        """The largest batch that stays below ``cap`` by prediction, or ``at_most``."""
+        """The largest batch that is predicted to need at most ``cap`` bytes; not more than ``at_most``."""
 
         def needed(size: int) -> int:
             return self.predict(contender, size).total
@@ -168,18 +187,16 @@ class Comparison:
         return at_most if at_most is not None and needed(at_most) <= cap else largest(needed, cap)
 
     def most_retained(self, contender: Contender, size: int) -> int:
-        """How many layers' graphs a reversible contender can keep within the cap by prediction, at a batch size."""
-        low, high = 0, sum(self._subject.config.stage_depths)
-        while low < high:
-            middle = (low + high + 1) // 2
-            fits = self.predict(contender.retaining(middle), size).total <= self.cap
-            low, high = (middle, high) if fits else (low, middle - 1)
-        return low
+        """The number of layers whose graphs a reversible contender is predicted to keep within the cap, at a batch size."""
+        depth = sum(self._subject.config.stage_depths)
+        return bisect_right(
+            range(1, depth + 1), self.cap, key=lambda k: self.predict(contender.retaining(k), size).total
+        )
 
     def largest_batch(self, contender: Contender, cap: int) -> int | None:
-        """The largest batch that stays below ``cap``: predicted on a CPU, from there on tried out on CUDA.
+        """The largest batch that stays below ``cap``. On a CPU it is predicted; on CUDA the prediction is then tried out.
 
-        ``None`` on a CPU for what is not predictable.
+        ``None`` on a CPU, if the memory of the contender cannot be predicted.
         """
         if not contender.predictable and self._device.type == "cpu":
             return None
@@ -209,11 +226,12 @@ class Comparison:
 
 
 def largest(needed: Callable[[int], int], cap: int) -> int:
-    """The largest batch size that needs at most ``cap``, 0 if there is none.
+    """The largest batch size that needs at most ``cap`` bytes; 0 if there is none.
 
     Args:
-        needed: from a batch size to bytes; grows about linearly, as the next guess is where a straight line would meet
-            the cap.
+        needed: a function from a batch size to bytes. It should grow about linearly: the next guess is where a straight line
+            meets the cap.
+        cap: the bytes.
     """
     low, high = 0, 1
     while needed(high) <= cap:
@@ -226,22 +244,20 @@ def largest(needed: Callable[[int], int], cap: int) -> int:
     return low
 
 
-class capped:
-    """On CUDA, hold this process to ``cap`` bytes of the device; elsewhere the caller has to."""
+@contextmanager
+def capped(device: torch.device, cap: int) -> Iterator[None]:
+    """On CUDA, limit this process to ``cap`` bytes of the device. Elsewhere the caller has to stay below the cap."""
 
-    def __init__(self, device: torch.device, cap: int):
-        self._device, self._cap = device, cap
+    def hold_to(fraction: float) -> None:
+        if device.type == "cuda":
+            release(device)
+            torch.cuda.set_per_process_memory_fraction(fraction, device)
 
-    def __enter__(self) -> None:
-        self._set(min(1.0, self._cap / memory_of(self._device)))
-
-    def __exit__(self, *exception: Any) -> None:
-        self._set(1.0)
-
-    def _set(self, fraction: float) -> None:
-        if self._device.type == "cuda":
-            release(self._device)
-            torch.cuda.set_per_process_memory_fraction(fraction, self._device)
+    hold_to(min(1.0, cap / memory_of(device)))
+    try:
+        yield
+    finally:
+        hold_to(1.0)
 
 
 def memory_of(device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""A stock checkpoint written as a reversible one, tensor by tensor."""
+"""Write a stock checkpoint as a reversible one, tensor by tensor."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +17,14 @@ from .weights import write_shards
 
 @dataclass
 class Conversion:
-    """
+    """The conversion of one checkpoint.
+
     Attributes:
-        twin: the reversible model that is going to be written, with its configuration and without values.
-        plan: of the stock model.
-        architecture: of the stock model.
-        sources: by the names of the twin's tensors, those of the stock model; tied ones are there once.
-        origins: by those, the names in the stock checkpoint.
+        twin: the reversible model to write. It has a configuration, but no values.
+        plan: the plan of the stock model, from :func:`~hf_pareprop.tools.checkpoint.plan_stock`.
+        architecture: the architecture of the stock model.
+        sources: maps the names of the twin's tensors to tensors of the stock model. Tied tensors are listed once.
+        origins: maps tensors of the stock model to names in the stock checkpoint.
     """
 
     twin: ReversiblePreTrainedModel
@@ -34,15 +35,17 @@ class Conversion:
 
     @classmethod
     def of(cls, plan: Loaded, **fields: Any) -> "Conversion":
-        """
+        """Plan the conversion of a stock model.
+
         Args:
-            fields: of the configuration, such as ``beta``.
+            plan: the plan of the stock model.
+            fields: fields of the reversible configuration, such as ``beta``.
 
         Raises:
             ValueError: a field is out of range, or the model has no reversible twin.
         """
         model = plan.model
-        if isinstance(model, ReversiblePreTrainedModel):  # as of models of timm, whose names the twin keeps
+        if isinstance(model, ReversiblePreTrainedModel):  # a model of timm: the plan is made of the twin itself
             twin = to_reversible(model, **fields)
             architecture, sources = architecture_behind(type(model), model.config), {n: n for n in model.state_dict()}
         else:
@@ -52,13 +55,12 @@ class Conversion:
         return cls(twin, plan, architecture, sources, plan.weights.origins(model))
 
     def write(self, folder: Path, max_shard_size: str, dtype: str = "auto") -> None:
-        """What `save_pretrained` would write of the model, holding one tensor at a time.
+        """Write what `save_pretrained` would write of the model, but hold one tensor at a time.
 
         Args:
-            dtype: of the tensors; `auto` leaves each what it is.
-
-        Raises:
-            CheckpointError: the weights are damaged.
+            folder: the directory to write into.
+            max_shard_size: the largest size of a file, such as `"5GB"`.
+            dtype: the dtype of the tensors; `auto` leaves every tensor as it is.
         """
         wanted = None if dtype == "auto" else getattr(torch, dtype)
         shapes = {name: self._tensor(name, self.plan.weights.shapes, wanted) for name in self.sources}
@@ -73,7 +75,7 @@ class Conversion:
         return self._tensor(name, {origin: self.plan.weights.tensor(origin)}, dtype)
 
     def _tensor(self, name: str, given: dict[str, Tensor], dtype: torch.dtype | None) -> Tensor:
-        """A tensor of the twin, of those of the checkpoint."""
+        """A tensor of the twin, made from one of the checkpoint."""
         source = self.sources[name]
         found = self.architecture.to_reversible_tensor(source, given[self.origins[source]], self.plan.model.config)
         return found if dtype is None else found.to(dtype)

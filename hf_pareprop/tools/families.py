@@ -1,22 +1,23 @@
-"""The reversible families: ONE row each, from which everything that enumerates families takes them.
+"""The reversible families, one row each. All code that lists families reads these rows.
 
-`hf_pareprop` takes its public names and what it registers from here; conversion, the command line, benchmarks and tests
-take what they need. A new family is a configuration file, a modeling file, and a row.
+`hf_pareprop` reads here which names are public and what to register. Conversion, the command line, benchmarks and tests read
+the rest. A new family is a configuration file, a modeling file, and a row.
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import isqrt
 from typing import Any, NamedTuple
 
+from .. import stock_families
 from ..configuration_reversible import ReversibleConfig
 from ..modeling_rev_mvit import RevMViTPreTrainedModel
 from ..modeling_rev_roberta import RevRobertaPreTrainedModel
 from ..modeling_rev_swin import RevSwinPreTrainedModel
 from ..modeling_rev_vit import RevViTPreTrainedModel
 from ..modeling_reversible import ReversiblePreTrainedModel
+from ..stock_families import available, classes_of
 from .architectures import Architecture, Renames
 from .timm_checkpoint import TIMM
 
@@ -25,13 +26,13 @@ Fields = dict[str, Any]
 
 
 class Shape(NamedTuple):
-    """How large a model is, whatever its family calls it.
+    """The size of a model, independent of how its family names the fields.
 
     Attributes:
-        width: of the hidden states; of the first stage, where there are several.
-        heads: of attention; of the first stage, where there are several.
-        depths: how many layers each stage has.
-        mlp_ratio: how many times wider the middle of an MLP is.
+        width: width of the hidden states; in a model with several stages, that of the first stage.
+        heads: number of attention heads; in a model with several stages, that of the first stage.
+        depths: the number of layers of each stage.
+        mlp_ratio: the inner width of an MLP divided by the width of its input.
     """
 
     width: int
@@ -42,20 +43,19 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Family:
-    """One row.
+    """The row of a family.
 
     Attributes:
-        name: for people.
+        name: the name to show to users.
         base: the family's `...PreTrainedModel`. Its `auto_map` names the configuration and all models.
         architectures: the stock models that become models of this family; the first is the family's own.
-        classifier_head: what the name of the class ends with that benchmarks and tests train, with one label per input.
-        shape_fields: from a shape to fields of the configuration.
-        dropout_fields: from a rate to fields of the configuration.
-        length_fields: from a number of tokens or patches to fields of a configuration whose inputs have so many.
-        sizes: the published models, by name.
-        size_fields: what their configurations have beside their shapes.
+        classifier_head: the end of the name of the class that benchmarks and tests train, with one label per input.
+        shape_fields: a function from a shape to fields of the configuration.
+        dropout_fields: a function from a dropout rate to fields of the configuration.
+        sizes: the shapes of the published models, by name.
+        size_fields: the other fields of their configurations.
         small: the shape of the small random models that tests train. Their depths vary.
-        small_fields: what their configurations have beside it.
+        small_fields: the other fields of their configurations.
 
     Example:
         >>> FAMILIES["vit"].config(FAMILIES["vit"].sizes["vit-b"], beta=0.5)
@@ -67,14 +67,13 @@ class Family:
     classifier_head: str
     shape_fields: Callable[[Shape], Fields]
     dropout_fields: Callable[[float], Fields]
-    length_fields: Callable[[int], Fields]
     sizes: Mapping[str, Shape]
     small: Shape
     size_fields: Fields = field(default_factory=dict)
     small_fields: Fields = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # So that a row does not repeat the family's classes for each of its architectures.
+        # Filled in here, so that a row does not repeat the family's classes for each of its architectures.
         bound = tuple(replace(architecture, heads=self.heads) for architecture in self.architectures)
         object.__setattr__(self, "architectures", bound)
 
@@ -85,14 +84,14 @@ class Family:
 
     @cached_property
     def auto_classes(self) -> dict[str, type[ReversiblePreTrainedModel]]:
-        """From the name of each Auto class of models to the family's model."""
+        """Maps the name of each Auto class of models to the family's model."""
         module = sys.modules[self.base.__module__]
         names = {auto: path.rpartition(".")[2] for auto, path in self.base.auto_map.items() if auto != "AutoConfig"}
         return {auto: getattr(module, name) for auto, name in names.items()}
 
     @cached_property
     def heads(self) -> dict[str, type[ReversiblePreTrainedModel]]:
-        """From what a class name ends with (`Model`, `ForMaskedLM`, …) to the class."""
+        """Maps the end of a class name (`Model`, `ForMaskedLM`, …) to the class."""
         prefix = self.base.__name__.removesuffix("PreTrainedModel")
         return {cls.__name__.removeprefix(prefix): cls for cls in self.auto_classes.values()}
 
@@ -111,11 +110,11 @@ class Family:
 
     @cached_property
     def staged(self) -> bool:
-        """Whether a model has several stages as a rule."""
+        """Whether models of this family usually have several stages."""
         return len(self.config_class().stage_depths) > 1
 
     def depths(self, layers: int) -> tuple[int, ...]:
-        """How a small model divides its layers into stages: in two, a third of them in the first, if they are enough."""
+        """The stages of a small model: two, with a third of the layers in the first, if there are enough layers."""
         return (layers // 3, layers - layers // 3) if self.staged and layers >= 3 else (layers,)
 
     def small_config_fields(
@@ -124,9 +123,10 @@ class Family:
         """The fields of a small configuration of this family or of its stock twin.
 
         Args:
-            depth: layers of all stages.
-            wider: a factor.
-            mlp_ratio: instead of the row's.
+            depth: the number of layers in all stages together.
+            dropout: the dropout rate.
+            wider: a factor for the width.
+            mlp_ratio: used instead of that of the row.
         """
         shape = self.small._replace(
             width=wider * self.small.width,
@@ -136,7 +136,7 @@ class Family:
         return {**self.small_fields, **self.shape_fields(shape), **self.dropout_fields(dropout)}
 
     def config(self, shape: Shape, **fields: Any) -> ReversibleConfig:
-        """The configuration of a published size, or of another one of the same kind.
+        """The configuration for a shape, with the other fields of the published sizes.
 
         Raises:
             ValueError: a field is out of range.
@@ -145,7 +145,7 @@ class Family:
 
 
 def _equal_layers(shape: Shape) -> Fields:
-    """Of families whose layers are all alike."""
+    """The shape fields of families whose layers are all alike."""
     return {
         "hidden_size": shape.width,
         "num_attention_heads": shape.heads,
@@ -158,63 +158,34 @@ def _two_dropouts(rate: float) -> Fields:
     return {"hidden_dropout_prob": rate, "attention_probs_dropout_prob": rate}
 
 
-def _tokens(length: int) -> Fields:
-    # Positions count from padding_idx + 1 = 2. Few words, because the gradient of a large embedding would hide what
-    # the layers take.
-    return {"vocab_size": 1000, "max_position_embeddings": length + 2}
-
-
-def _patches(length: int, patch: int = 16) -> Fields:
-    return {"image_size": patch * isqrt(length), "patch_size": patch}
+def _mvit_shape(shape: Shape) -> Fields:
+    fields = {"embed_dim": shape.width, "num_heads": shape.heads, "depths": list(shape.depths)}
+    return {**fields, "mlp_ratio": shape.mlp_ratio}
 
 
 def _swin_shape(shape: Shape) -> Fields:
-    return {
-        "embed_dim": shape.width,
-        "num_heads": [shape.heads << stage for stage in range(len(shape.depths))],
-        "depths": list(shape.depths),
-        "mlp_ratio": shape.mlp_ratio,
-    }
+    return {**_mvit_shape(shape), "num_heads": [shape.heads << stage for stage in range(len(shape.depths))]}
 
 
 def _swin_dropouts(rate: float) -> Fields:
     return {**_two_dropouts(rate), "drop_path_rate": 2 * rate}
 
 
-def _swin_patches(length: int) -> Fields:
-    # Windows that a second stage can hold, too.
-    return {**_patches(length, patch=4), "window_size": max(1, min(7, isqrt(length) // 2))}
+def _in_memory(attention: str) -> Renames:
+    """Renames from the parameter names of stock models in memory to those of checkpoints, which the reversible model has."""
+    products = (
+        (rf"attention\.{name[0]}_proj\.", f"attention.{attention}.{name}.") for name in ("query", "key", "value")
+    )
+    return (
+        *products,
+        (r"attention\.o_proj\.", "attention.output.dense."),
+        (r"mlp\.fc1\.", "intermediate.dense."),
+        (r"mlp\.fc2\.", "output.dense."),
+    )
 
 
-def _mvit_shape(shape: Shape) -> Fields:
-    return {
-        "embed_dim": shape.width,
-        "num_heads": shape.heads,
-        "depths": list(shape.depths),
-        "mlp_ratio": shape.mlp_ratio,
-    }
-
-
-# Stock models, in memory, have other names than their checkpoints, whose names the reversible model keeps.
-_SWIN_IN_MEMORY: Renames = (
-    (r"attention\.q_proj\.", "attention.self.query."),
-    (r"attention\.k_proj\.", "attention.self.key."),
-    (r"attention\.v_proj\.", "attention.self.value."),
-    (r"attention\.relative_position_bias\.", "attention.self."),
-    (r"attention\.o_proj\.", "attention.output.dense."),
-    (r"mlp\.fc1\.", "intermediate.dense."),
-    (r"mlp\.fc2\.", "output.dense."),
-)
-
-_IN_MEMORY: Renames = (
-    (r"\blayers\.(\d+)\.", r"encoder.layer.\1."),
-    (r"attention\.q_proj\.", "attention.attention.query."),
-    (r"attention\.k_proj\.", "attention.attention.key."),
-    (r"attention\.v_proj\.", "attention.attention.value."),
-    (r"attention\.o_proj\.", "attention.output.dense."),
-    (r"mlp\.fc1\.", "intermediate.dense."),
-    (r"mlp\.fc2\.", "output.dense."),
-)
+_SWIN_IN_MEMORY: Renames = (*_in_memory("self"), (r"attention\.relative_position_bias\.", "attention.self."))
+_VIT_IN_MEMORY: Renames = ((r"\blayers\.(\d+)\.", r"encoder.layer.\1."), *_in_memory("attention"))
 
 _BERT = Architecture(
     "bert",
@@ -225,7 +196,7 @@ _BERT = Architecture(
             (r"^cls\.predictions\.transform\.LayerNorm\.", "lm_head.layer_norm."),
             (r"^cls\.predictions\.(transform\.)?", "lm_head."),
         ),
-        # BERT's classifier reads the pooler, RoBERTa's has that layer within.
+        # BERT's classifier reads the pooler. RoBERTa's classifier has the same layer inside.
         "ForSequenceClassification": (
             (r"^classifier\.", "classifier.out_proj."),
             (r"^bert\.pooler\.", "classifier."),
@@ -237,7 +208,7 @@ _BERT = Architecture(
 _DEIT = Architecture(
     "deit",
     "DeiT",
-    renames=(*_IN_MEMORY, (r"^deit\.", "vit.")),
+    renames=(*_VIT_IN_MEMORY, (r"^deit\.", "vit.")),
     fields={"distillation_token": True},
 )
 
@@ -245,11 +216,10 @@ ROWS = (
     Family(
         name="vit",
         base=RevViTPreTrainedModel,
-        architectures=(Architecture("vit", "ViT", renames=_IN_MEMORY), _DEIT),
+        architectures=(Architecture("vit", "ViT", renames=_VIT_IN_MEMORY), _DEIT),
         classifier_head="ForImageClassification",
         shape_fields=_equal_layers,
         dropout_fields=_two_dropouts,
-        length_fields=_patches,
         sizes={
             "vit-s": Shape(384, 6, (12,)),
             "vit-b": Shape(768, 12, (12,)),
@@ -270,7 +240,6 @@ ROWS = (
         classifier_head="ForSequenceClassification",
         shape_fields=_equal_layers,
         dropout_fields=_two_dropouts,
-        length_fields=_tokens,
         sizes={"roberta-base": Shape(768, 12, (12,)), "roberta-large": Shape(1024, 16, (24,))},
         size_fields={"max_position_embeddings": 514, "type_vocab_size": 1},
         small=Shape(32, 4, (3,), mlp_ratio=2),
@@ -283,11 +252,11 @@ ROWS = (
         classifier_head="ForImageClassification",
         shape_fields=_swin_shape,
         dropout_fields=_swin_dropouts,
-        length_fields=_swin_patches,
         sizes={
             "swin-t": Shape(96, 3, (2, 2, 6, 2)),
             "swin-s": Shape(96, 3, (2, 2, 18, 2)),
             "swin-b": Shape(128, 4, (2, 2, 18, 2)),
+            "swin-l": Shape(192, 6, (2, 2, 18, 2)),
         },
         small=Shape(16, 2, (1, 2), mlp_ratio=2),
         small_fields={"image_size": 24, "patch_size": 2, "window_size": 3, "encoder_stride": 4, "num_labels": 3},
@@ -307,7 +276,6 @@ ROWS = (
         classifier_head="ForImageClassification",
         shape_fields=_mvit_shape,
         dropout_fields=lambda rate: {"drop_path_rate": 2 * rate},
-        length_fields=lambda length: {"image_size": 4 * isqrt(length)},
         sizes={
             "mvit-t": Shape(96, 1, (1, 2, 5, 2)),
             "mvit-s": Shape(96, 1, (1, 2, 11, 2)),
@@ -319,46 +287,62 @@ ROWS = (
 )
 
 FAMILIES = {family.name: family for family in ROWS}
+"""The families, by their names."""
 
-MODEL_CLASSES = {cls.__name__: cls for family in ROWS for cls in family.heads.values()}
-"""By their names."""
+STOCK_LAYERS = {
+    model_type: Architecture(
+        model_type,
+        family.prefix,
+        heads={head: classes_of(model_type)[f"Rev{family.prefix}{head}"] for head in family.heads.values()},
+    )
+    for model_type, family in stock_families.FAMILIES.items()
+    if available(model_type)
+}
+"""The families in :mod:`stock_families`, which run the layers of stock models, by the model type of the stock models."""
 
 ARCHITECTURES = {a.model_type: a for family in ROWS for a in family.architectures}
-"""By the model type of the stock checkpoints."""
+"""The architectures of the families, by the model type of the stock checkpoints."""
 
-STOCK_CLASSES: dict[str, tuple[Architecture, str]] = {
-    architecture.prefix + head: (architecture, head)
-    for architecture in ARCHITECTURES.values()
-    if architecture.prefix is not None
-    for head in architecture.heads
+MODEL_CLASSES = {
+    cls.__name__: cls for a in (*ARCHITECTURES.values(), *STOCK_LAYERS.values()) for cls in a.heads.values()
 }
-"""From the name of a stock class to its architecture and head."""
+"""All reversible classes, by their names."""
 
-WRAPPERS: dict[str, tuple[Architecture, str]] = {
-    architecture.library.wrapper + head: (architecture, head)
-    for architecture in ARCHITECTURES.values()
-    if architecture.library is not None
-    for head in architecture.heads
-}
-"""From the name of a class in which transformers wraps stock models of another library to their architecture and head."""
+
+def _by_class(
+    architectures: Iterable[Architecture], prefix: Callable[[Architecture], str | None]
+) -> dict[str, tuple[Architecture, str]]:
+    """Maps class names to architectures and heads. ``prefix`` gives the beginning of an architecture's class names."""
+    return {f"{begin}{head}": (a, head) for a in architectures if (begin := prefix(a)) for head in a.heads}
+
+
+STOCK_CLASSES = _by_class(ARCHITECTURES.values(), lambda a: a.prefix)
+STOCK_LAYER_CLASSES = _by_class(STOCK_LAYERS.values(), lambda a: a.prefix)
+"""The stock classes of the families in :mod:`stock_families`, as in `STOCK_CLASSES`."""
+WRAPPERS = _by_class(ARCHITECTURES.values(), lambda a: a.library.wrapper if a.library else None)
+"""The classes in which transformers wraps models of another library."""
+
+TWINS = STOCK_CLASSES | WRAPPERS | STOCK_LAYER_CLASSES
+"""What :func:`architecture_of` knows."""
 
 
 def architecture_of(class_name: str) -> tuple[Architecture, str]:
-    """The architecture and head of a stock class, or of one that wraps stock models of another library.
+    """The architecture and the head of a stock class, or of a class that wraps stock models of another library.
 
     Raises:
-        ValueError: it has no reversible twin.
+        ValueError: the class has no reversible twin.
     """
-    known = STOCK_CLASSES | WRAPPERS
-    if class_name not in known:
+    if class_name not in TWINS:
         raise ValueError(
-            f"{class_name or 'this checkpoint'} has no reversible twin: these have: {', '.join(STOCK_CLASSES)}."
+            f"{class_name or 'this checkpoint'} has no reversible twin: the classes that have one are "
+            f"{', '.join([*STOCK_CLASSES, *STOCK_LAYER_CLASSES])}. Others can be tried with their own layers: "
+            "hf_pareprop.to_reversible(model, steps='layer')."
         )
-    return known[class_name]
+    return TWINS[class_name]
 
 
 def library_class(config: Mapping[str, Any]) -> type[ReversiblePreTrainedModel] | None:
-    """The reversible class that loads a checkpoint of another library than transformers straight in.
+    """The reversible class that loads a checkpoint of another library directly, or ``None``.
 
     Args:
         config: the contents of its `config.json`.

@@ -1,4 +1,4 @@
-"""How close two models are on real inputs: a conversion and its original, a reversible model and its export."""
+"""How close two models are on real inputs, such as a converted model and its original, or a reversible model and its export."""
 
 import warnings
 from collections.abc import Iterable, Mapping
@@ -14,7 +14,7 @@ from ..observer import Observer, observing
 from ..plan import DEFAULT_GRID_BITS, MOST_GRID_BITS, LayerPlan
 
 MARGIN = 8
-"""How many times the largest state of the inputs that were tried a grid holds."""
+"""A chosen grid has room for states this many times as large as the largest one on the given inputs."""
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,10 @@ class Fidelity:
     """What :func:`fidelity` measured.
 
     Attributes:
-        inputs: how many texts or images.
-        cosine: mean over tokens (padding left out) of the cosine between the last hidden states of the two.
-        agreement: the share of predictions that are the same, of a model that predicts; per token for heads that
-            predict per token.
+        inputs: the number of texts or images.
+        cosine: the cosine between the last hidden states of the two models, averaged over tokens without padding.
+        agreement: the fraction of predictions that are the same, counted per token for heads that predict per token;
+            ``None`` for a model without a head.
         identical: whether all hidden states are bit-equal.
     """
 
@@ -41,7 +41,7 @@ class Fidelity:
 
 
 def fidelity(a: PreTrainedModel, b: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> Fidelity:
-    """Run both on the same inputs, in evaluation mode, without gradients.
+    """Run both models on the same inputs, in evaluation mode, without gradients, and compare them.
 
     Raises:
         ValueError: there are no batches, or a model yields NaN or infinity.
@@ -60,8 +60,8 @@ def fidelity(a: PreTrainedModel, b: PreTrainedModel, batches: Iterable[Mapping[s
             for model, found in ((a, first), (b, second)):
                 if not found.isfinite().all():
                     raise ValueError(
-                        f"{type(model).__name__} yields NaN or infinity on these inputs, so there is nothing to compare: if it is a "
-                        "reversible model, its states may have left their range (take fewer grid_bits)."
+                        f"{type(model).__name__} yields NaN or infinity on these inputs, so there is nothing to compare: if it is "
+                        "a reversible model, its states may have left their range (set a smaller grid_bits)."
                     )
             identical = identical and torch.equal(first, second)
             cosines.append(torch.cosine_similarity(first, second, dim=-1).cpu())
@@ -77,10 +77,13 @@ def fidelity(a: PreTrainedModel, b: PreTrainedModel, batches: Iterable[Mapping[s
 
 
 def grid_bits_for(model: ReversiblePreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> tuple[int, float]:
-    """The finest grid whose range is eight times the largest state on these inputs, and that state.
+    """Choose the finest grid with a range of eight times the largest state on these inputs.
+
+    Returns:
+        The number of bits, and the largest state.
 
     Raises:
-        ValueError: no grid has the range.
+        ValueError: no grid has this range.
 
     Example:
         >>> grid_bits_for(model, [batch])
@@ -90,10 +93,10 @@ def grid_bits_for(model: ReversiblePreTrainedModel, batches: Iterable[Mapping[st
     before, training, given = config.grid_bits, model.training, list(batches)
     model.eval()
     try:
-        for bits in range(DEFAULT_GRID_BITS, 0, -4):  # until the states do not overflow
+        for bits in range(DEFAULT_GRID_BITS, 0, -4):  # until a grid on which the states do not overflow
             config.grid_bits, peaks = bits, _Peaks()
             with torch.no_grad(), observing(peaks), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that they do
+                warnings.simplefilter("ignore")  # warnings about overflow
                 for batch in given:
                     model(**batch)
             largest = max(peaks.found, default=0.0)
@@ -115,7 +118,7 @@ class _Peaks(Observer):
 
 
 def _run(model: PreTrainedModel, batch: Mapping[str, Any]) -> tuple[Tensor, list[Tensor]]:
-    """The last hidden states, and what the head predicts from them."""
+    """The last hidden states, and the predictions of the head."""
     seen: list[Tensor] = []
     hook = model.base_model.register_forward_hook(lambda module, args, output: seen.append(output[0]))
     try:
@@ -126,7 +129,7 @@ def _run(model: PreTrainedModel, batch: Mapping[str, Any]) -> tuple[Tensor, list
 
 
 def _tokens(batch: Mapping[str, Any], states: Tensor) -> Tensor:
-    """Which of the states `(inputs, tokens, width)` are not padding's."""
+    """Which of the states `(inputs, tokens, width)` do not belong to padding."""
     mask = batch.get("attention_mask")
     if mask is None:
         return torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)

@@ -1,4 +1,4 @@
-"""Real inputs for a model: lines of a text file, or images."""
+"""Inputs for a model: lines of a text file, images, or random ones."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
-from .source import CheckpointError, Source, first_line
+from .architectures import counts_from_padding
+from .source import CheckpointError, Source, explained
 
 TABLES = {".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow"}
 CHARACTERS = 64
-"""Of a text for each token that is asked for; words are shorter."""
+"""For each token that is wanted, this many characters of a text are read. Words are shorter than that."""
 
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
@@ -24,12 +25,12 @@ def real_batches(
     """Batches of the first ``limit`` texts (one per line) or images (a file, or all in a directory) in ``path``.
 
     Args:
-        source: where the tokenizer or image processor is.
-        model: says which of the two it takes, and on which device.
-        max_length: tokens; longer texts are truncated.
-
-    Raises:
-        CheckpointError: there is nothing to read, or no tokenizer or image processor to read it with.
+        source: the checkpoint with the tokenizer or the image processor.
+        model: the model. It determines whether texts or images are read, and the device.
+        path: the file or directory to read.
+        batch_size: the number of inputs in a batch.
+        limit: the largest number of inputs to read.
+        max_length: the largest number of tokens; longer texts are truncated.
     """
     if not path.is_file() and not path.is_dir():
         what = "is neither a file nor a directory" if path.exists() else "does not exist"
@@ -48,26 +49,28 @@ def _text_batches(source, model, path: Path, batch_size: int, limit: int, max_le
         raise CheckpointError(f"{path} has no text in it.")
     if not source.has_vocabulary():
         raise CheckpointError(f"{source.name} has no tokenizer to read {path} with: put its files there.")
-    try:
+    with explained(f"{source.name} has no tokenizer that can be loaded", "Look at its files."):
         tokenizer = AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library has no class for its own
-        raise CheckpointError(f"{source.name} has no tokenizer that can be loaded: {first_line(error)}") from error
     config = model.config
-    positions = config.max_position_embeddings - (config.pad_token_id or 0) - 1
+    # Many decoders have no padding token. Any token will do, because padding is masked.
+    if tokenizer.pad_token is None and not counts_from_padding(config):
+        tokenizer.pad_token = tokenizer.eos_token
+    positions = _positions(config, max_length)
     names = ("input_ids", "attention_mask", "token_type_ids")
     for start in range(0, len(texts), batch_size):
-        batch = tokenizer(
-            texts[start : start + batch_size],
-            padding=True,
-            truncation=True,
-            max_length=min(max_length, positions),
-            return_tensors="pt",
-        )
+        chosen, longest = texts[start : start + batch_size], min(max_length, positions)
+        with explained(f"the tokenizer of {source.name} cannot prepare {path}", "Look at its tokenizer_config.json."):
+            batch = tokenizer(chosen, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+        if (largest := int(batch["input_ids"].max())) >= config.vocab_size:
+            raise CheckpointError(
+                f"the tokenizer of {source.name} makes token {largest} of {path}, and the model has vocab_size={config.vocab_size}: "
+                "put the tokenizer there that belongs to the model."
+            )
         yield _shaped({name: batch[name].to(model.device) for name in names if name in batch}, model)
 
 
 def _lines(path: Path, max_length: int) -> Iterator[str]:
-    """The lines of a text file that say something, each as far as ``max_length`` tokens can reach."""
+    """The lines of a text file that are not empty, each cut at a length that has at least ``max_length`` tokens."""
     longest = CHARACTERS * max_length
     try:
         with path.open(encoding="utf-8") as file:
@@ -75,25 +78,24 @@ def _lines(path: Path, max_length: int) -> Iterator[str]:
                 if line.strip():
                     yield line.rstrip("\n")
                 while len(line) == longest and not line.endswith("\n"):
-                    line = file.readline(longest)  # the rest of it
+                    line = file.readline(longest)  # skip the rest of the line
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path} is not text in UTF-8: {error}.") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}. Give a text file.") from error
 
 
 def _image_batches(source, model, path: Path, batch_size: int, limit: int) -> Iterator[dict[str, Any]]:
     try:
         from PIL import Image
     except ImportError as error:
-        raise CheckpointError("reading images takes Pillow: pip install pillow.") from error
+        raise CheckpointError("reading images needs Pillow: pip install pillow.") from error
     files = sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGES) if path.is_dir() else [path]
     if not files:
         raise CheckpointError(f"{path} has no images in it ({', '.join(sorted(IMAGES))}).")
-    try:
+    advice = "Look at its preprocessor_config.json."
+    with explained(f"{source.name} has no image processor that can be loaded", advice):
         processor = AutoImageProcessor.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever a damaged file makes of a processor
-        raise CheckpointError(
-            f"{source.name} has no image processor that can be loaded: {first_line(error)}"
-        ) from error
     for start in range(0, min(len(files), limit), batch_size):
         images = []
         for file in files[start : min(start + batch_size, limit)]:
@@ -104,12 +106,8 @@ def _image_batches(source, model, path: Path, batch_size: int, limit: int) -> It
                         images.append(image.convert("RGB" if model.config.num_channels == 3 else "L"))
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Warning) as error:
                 raise CheckpointError(f"{file} is not an image that can be read: {error}.") from error
-        try:
+        with explained(f"the image processor of {source.name} cannot prepare {path}", advice):
             pixels = processor(images=images, return_tensors="pt")["pixel_values"]
-        except Exception as error:  # whatever the fields of its configuration make of it
-            raise CheckpointError(
-                f"the image processor of {source.name} cannot prepare {path}: {first_line(error)} Look at its preprocessor_config.json."
-            ) from error
         yield {"pixel_values": pixels.to(model.device)}
 
 
@@ -120,19 +118,20 @@ def random_batch(model: PreTrainedModel, *, batch_size: int = 2, length: int = 1
     if model.main_input_name == "pixel_values":
         pixels = torch.randn(batch_size, config.num_channels, *_pair(config.image_size), generator=generator)
         return {"pixel_values": pixels.to(model.device)}
-    length = min(length, config.max_position_embeddings - (config.pad_token_id or 0) - 1)
-    reserved = max(config.pad_token_id or 0, config.bos_token_id or 0, config.eos_token_id or 0) + 1
+    special = [getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos")]
+    length = min(length, _positions(config, length))
+    reserved = max(map(_largest, special)) + 1
     first = reserved if reserved < config.vocab_size else 0
     tokens = torch.randint(first, config.vocab_size, (batch_size, length), generator=generator)
     return _shaped({"input_ids": tokens.to(model.device)}, model)
 
 
 def with_targets(batch: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
-    """With what the head of ``model`` computes a loss from: any labels of the right shape."""
+    """``batch`` with labels of the right shape and any value, so that the head of ``model`` computes a loss."""
     inputs: torch.Tensor = batch[model.main_input_name]
     head = type(model).__name__
     first = inputs.new_zeros(len(inputs), dtype=torch.long)
-    if head.endswith("ForMaskedLM"):
+    if head.endswith(("ForMaskedLM", "ForCausalLM", "LMHeadModel")):
         return {**batch, "labels": inputs}
     if head.endswith("ForTokenClassification"):
         return {**batch, "labels": torch.zeros_like(inputs)}
@@ -143,17 +142,41 @@ def with_targets(batch: dict[str, Any], model: PreTrainedModel) -> dict[str, Any
         rows, columns = _pair(model.config.patch_size)
         patches = (height // rows) * (width // columns)
         return {**batch, "bool_masked_pos": inputs.new_ones(len(inputs), patches, dtype=torch.bool)}
-    if head.endswith(("Classification", "ForMultipleChoice")):
-        regression = model.config.num_labels == 1 and not head.endswith("ForMultipleChoice")
-        return {**batch, "labels": first.float() if regression else first}
+    if head.endswith("ForMultipleChoice"):
+        return {**batch, "labels": first}
+    if head.endswith("Classification"):
+        config: Any = model.config
+        labels, problem = config.num_labels, config.problem_type
+        if problem == "multi_label_classification" or (problem == "regression" and labels > 1):
+            return {**batch, "labels": inputs.new_zeros(len(inputs), labels, dtype=torch.float)}
+        return {
+            **batch,
+            "labels": first.float() if labels == 1 and problem != "single_label_classification" else first,
+        }
     return batch
+
+
+def loss_of(outputs: Any) -> torch.Tensor:
+    """The loss of a model that got the batch of :func:`with_targets`. Without a head it is the mean square of the output."""
+    loss: torch.Tensor | None = outputs.get("loss")
+    return outputs[0].float().square().mean() if loss is None else loss
 
 
 def _shaped(batch: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
-    """With one choice, where the model wants choices: `(batch, 1, length)`."""
+    """``batch`` in the shape of one choice per text, `(batch, 1, length)`, if the model is for multiple choice."""
     if type(model).__name__.endswith("ForMultipleChoice"):
         return {name: tensor.unsqueeze(1) for name, tensor in batch.items()}
     return batch
+
+
+def _positions(config: Any, otherwise: int) -> int:
+    """The largest number of tokens in a text; ``otherwise`` if the model has no table of positions."""
+    positions: int = getattr(config, "max_position_embeddings", None) or otherwise
+    return positions - (config.pad_token_id or 0) - 1 if counts_from_padding(config) else positions
+
+
+def _largest(tokens: int | Sequence[int] | None) -> int:
+    return max(tokens, default=0) if isinstance(tokens, Sequence) else tokens or 0
 
 
 def _pair(size: int | Sequence[int]) -> Sequence[int]:

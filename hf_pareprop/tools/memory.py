@@ -14,21 +14,21 @@ from ..modeling_reversible import ReversiblePreTrainedModel
 Step = Callable[[], None]
 
 SHARE = 0.1
-"""What a rebuilt layer may add of a stored one's activations: side bits at a small beta take some per cent."""
+"""A rebuilt layer may add this fraction of the activations of a stored layer. Side bits at a small beta take a few per cent."""
 
 BOOKKEEPING = 2**16
-"""Bytes that a layer may add whatever the inputs: on a CPU the states of the random number generator are 10 KB."""
+"""A layer may add this many bytes in any case. On a CPU the states of the random number generator take 10 KB."""
 
 
 @dataclass(frozen=True)
 class Growth:
-    """Bytes that one more layer adds to the peak of a training step, parameters and gradients left out.
+    """The bytes that one more layer adds to the peak of a training step, without parameters and gradients.
 
     Attributes:
-        rebuilt: with the model's engine.
-        stored: with the engine ``autograd``, which stores activations as the stock model does.
-        engine: the one that was measured; on a CPU ``reprop`` stands for ``pareprop``, whose worker thread the profiler
-            does not see, and which holds one sub-block's activations more, whatever the depth.
+        rebuilt: bytes with the model's engine.
+        stored: bytes with the engine ``autograd``, which stores activations as the stock model does.
+        engine: the engine that was measured. On a CPU ``reprop`` is measured instead of ``pareprop``, because the profiler
+            does not see the worker thread. ``pareprop`` holds the activations of one more step, at any depth.
     """
 
     rebuilt: float
@@ -52,12 +52,14 @@ class Growth:
 
 
 def memory_growth(model: ReversiblePreTrainedModel, batch: Mapping[str, Any]) -> Growth:
-    """Measured on copies of the model with random weights: of half and of the whole depth (four at least) for its
-    engine, and of one and two layers for ``autograd``, which may not fit at the whole depth. Where there are stages,
-    the deepest one has so many layers, and every other stage has one.
+    """Measure how the memory of a training step grows with depth.
 
-    Every layer is reversible in them, at the smallest ``beta`` of the model that is not 0: conventional layers store
-    activations, of which there is nothing to measure.
+    It uses copies of the model with random weights. For the model's engine they have half of its depth and the whole depth
+    (at least four layers). For ``autograd``, which may not fit at the whole depth, they have one layer and two layers. In a
+    model with stages, the deepest stage has that many layers, and every other stage has one.
+
+    In the copies every layer is reversible, at the smallest ``beta`` of the model that is not 0. Conventional layers store
+    their activations anyway.
 
     Raises:
         ValueError: no layer of the model is reversible.
@@ -69,7 +71,7 @@ def memory_growth(model: ReversiblePreTrainedModel, batch: Mapping[str, Any]) ->
     engine = config.backward_engine
     if model.device.type == "cpu" and engine == "pareprop":
         engine = "reprop"
-    deep = max(4, *config.stage_depths)  # from one layer to two more changes than the depth
+    deep = max(4, *config.stage_depths)  # between one layer and two, more changes than the depth
     shallow = deep // 2
 
     def peak(depth: int, name: str) -> int:
@@ -87,7 +89,7 @@ def _peak_of(model, batch: Mapping[str, Any], depth: int, beta: float, engine: s
         setattr(config, name, value)
     with torch.random.fork_rng():
         like = type(model)._from_config(config, dtype=model.dtype).to(model.device).train()
-        # The gradient of a large table, made at the end of the backward, would hide all that happens before it.
+        # The gradient of a large table is created at the end of the backward, and would hide everything before.
         like.get_input_embeddings().requires_grad_(False)
 
         def step() -> None:
@@ -98,9 +100,9 @@ def _peak_of(model, batch: Mapping[str, Any], depth: int, beta: float, engine: s
 
 
 def peak_bytes(step: Step, device: torch.device) -> int:
-    """The peak of memory while ``step`` runs, on top of what was allocated before it.
+    """The peak of memory while ``step`` runs, in bytes on top of what was allocated before.
 
-    On a CPU as PyTorch's profiler sees the allocations of the calling thread.
+    On a CPU, PyTorch's profiler counts the allocations of the calling thread.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -109,8 +111,7 @@ def peak_bytes(step: Step, device: torch.device) -> int:
         step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it announces its start and stop
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profiling(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     results: Any = profiler.profiler
     events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
@@ -119,3 +120,9 @@ def peak_bytes(step: Step, device: torch.device) -> int:
         now += event.nbytes()
         highest = max(highest, now)
     return highest
+
+
+def profiling(**options: Any) -> profile:
+    """PyTorch's profiler with these options, without the lines that it prints when it starts and stops."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    return profile(**options)

@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all, and that never take the place of what this package did not write."""
+"""Write directories that appear whole or not at all, and never replace files that this package did not write."""
 
 import hashlib
 import json
@@ -12,15 +12,15 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 MANIFEST = ".hf-pareprop.json"
-"""In every directory that is written: its files and their SHA-256. A directory that is still as this says may be replaced."""
+"""A list of the files and their SHA-256, in every directory that is written. An unchanged directory may be replaced."""
 
 
 class OutputError(ValueError):
-    """A place that cannot be written; the message says what to do."""
+    """Raised for a directory that cannot be written; the message says what to do."""
 
 
 class Output:
-    """A directory that is going to be written, held by one process at a time.
+    """A directory to be written. Only one process can hold it at a time.
 
     Example:
         >>> with Output(Path("out")) as output, output.writing() as folder:
@@ -31,14 +31,14 @@ class Output:
         overwrite: replace it if this package wrote it and nothing in it has changed since.
 
     Raises:
-        OutputError: ``target`` exists and is not to be replaced, holds what is not to be deleted, cannot be written, or
-            another process is writing it.
+        OutputError: ``target`` exists and must not be replaced, holds files that must not be deleted, or cannot be written;
+            or another process is writing it.
     """
 
     def __init__(self, target: Path, overwrite: bool = False):
         self.target, self.overwrite = Path(os.path.abspath(target)), overwrite
         self.notes: list[str] = []
-        """What an interrupted run had left here, and what has become of it."""
+        """Messages about files that an interrupted run had left here."""
         if self.target.parent == self.target or not self.target.name:
             raise OutputError(f"{target} cannot be made: name a directory of its own.")
         self.folder, self.old, self.lock_file = (
@@ -53,6 +53,8 @@ class Output:
             try:
                 self._lock.acquire()
             except Timeout:
+                if not self.lock_file.exists():  # in /proc, for example, no file can be made
+                    raise OutputError(f"cannot write beside {self.target}: name another directory.") from None
                 raise OutputError(
                     f"another process is writing {self.target}: wait for it, or name another directory."
                 ) from None
@@ -72,10 +74,7 @@ class Output:
         self._release()
 
     def check(self) -> None:
-        """
-        Raises:
-            OutputError: ``target`` exists and is not to be replaced.
-        """
+        """Raise OutputError if ``target`` exists and must not be replaced."""
         if not os.path.lexists(self.target):
             return
         if not self.overwrite:
@@ -85,28 +84,23 @@ class Output:
             raise OutputError(f"{self.target} is {kind}, which is not replaced by a directory: name another.")
         if changes := changes_in(self.target):
             raise OutputError(
-                f"{self.target} is not replaced, as hf-pareprop did not write all that is in it ({changes}): move or delete it "
+                f"{self.target} is not replaced, because hf-pareprop did not write everything in it ({changes}): move or delete it "
                 "yourself, or name another directory."
             )
 
     def keep(self, source: Path) -> None:
-        """
-        Raises:
-            OutputError: writing would delete ``source``.
-        """
+        """Raise OutputError if writing would delete or change ``source``."""
         source, target = source.resolve(), self.target.resolve()
         if source == target:
             raise OutputError(f"{self.target} is the source itself, which is not overwritten: name another directory.")
         if target in source.parents:
             raise OutputError(f"{self.target} holds the source, which is not deleted: name another directory.")
+        if source in target.parents:
+            raise OutputError(f"{self.target} is inside the source, which stays as it is: name another directory.")
 
     @contextmanager
     def writing(self) -> Iterator[Path]:
-        """A directory to fill, which becomes ``target`` when the block ends well.
-
-        Raises:
-            OutputError: it cannot be written.
-        """
+        """A context that gives a directory to fill. It becomes ``target`` if the block ends without an error."""
         try:
             yield self.folder
             _describe(self.folder)
@@ -116,8 +110,8 @@ class Output:
             raise OutputError(f"cannot write {self.target}: {error}. Nothing was left there.") from error
 
     def _publish(self) -> None:
-        """Put the finished directory in its place; what was there comes back if that fails."""
-        self.check()  # once more, as somebody may have put something there in the meantime
+        """Move the finished directory to its place. If that fails, the old directory is put back."""
+        self.check()  # again, because something may have been put there in the meantime
         if self.target.exists():
             self.target.rename(self.old)
         try:
@@ -131,7 +125,7 @@ class Output:
         self._made_parents.clear()
 
     def _clean(self) -> None:
-        """Remove what a killed process has left, or put it back."""
+        """Remove what a killed process has left, or put back the directory that it was replacing."""
         for left in (self.folder, self.old):
             if os.path.lexists(left) and (left.is_symlink() or not left.is_dir()):
                 raise OutputError(
@@ -147,14 +141,16 @@ class Output:
 
     def _make_parents(self) -> None:
         missing = [self.target.parent, *self.target.parent.parents]
+        for parent in missing:
+            if os.path.lexists(parent) and not parent.is_dir():
+                raise OutputError(f"cannot write {self.target}: {parent} is not a directory. Name another place.")
         self._made_parents = [parent for parent in missing if not parent.exists()]
         self.target.parent.mkdir(parents=True, exist_ok=True)
 
     def _release(self) -> None:
         with suppress(OSError):
-            self.lock_file.unlink(
-                missing_ok=True
-            )  # while it is held: who waits for it looks whether it is still there
+            # The lock is still held: a process that waits for it checks whether the file still exists.
+            self.lock_file.unlink(missing_ok=True)
         self._lock.release()
         for parent in self._made_parents:
             with suppress(OSError):
@@ -162,7 +158,7 @@ class Output:
 
 
 def changes_in(folder: Path) -> str:
-    """What in a directory is not as this package wrote it, in words; empty if all is."""
+    """What has changed in a directory since this package wrote it, in words; empty if nothing has changed."""
     manifest = folder / MANIFEST
     try:
         if manifest.is_symlink() or not manifest.is_file():
@@ -198,7 +194,7 @@ def _name(path: Path, folder: Path) -> str:
 
 
 def _sync(folder: Path) -> None:
-    """Have everything in a directory on the disk, so that a rename that survives a crash names what is whole."""
+    """Write everything in a directory to the disk, so that a renamed directory is complete even after a crash."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
@@ -208,7 +204,7 @@ def _sync(folder: Path) -> None:
 
 
 def _sync_entry(folder: Path) -> None:
-    if os.name != "posix":  # elsewhere directories cannot be opened
+    if os.name != "posix":  # other systems cannot open directories
         return
     entry = os.open(folder, os.O_RDONLY)
     try:

@@ -1,9 +1,10 @@
-"""What goes with a measurement: the machine and the versions, files written whole, numbers in columns."""
+"""Helpers for measurements: describe the machine and the versions, write files as a whole, format numbers and tables."""
 
 import os
 import platform
 import re
 import subprocess
+import warnings
 from collections.abc import Callable, Container, Sequence
 from datetime import datetime, timezone
 from importlib import import_module
@@ -12,15 +13,13 @@ from typing import Any
 
 import torch
 
-MB = 2**20
+MB, GB = 2**20, 2**30
 
 
 def software() -> dict[str, Any]:
-    """Versions, the commit and the date: what has to be known to repeat a measurement."""
-    ours = _git(
-        "ls-files", "--error-unmatch", __file__
-    )  # installed, the package may lie in somebody else's repository
-    # Results are no part of what was measured.
+    """The versions, the commit and the date, which are needed to repeat a measurement."""
+    ours = _git("ls-files", "--error-unmatch", __file__)  # an installed package may be inside another repository
+    # Changed files of results do not count: they are not part of the measured code.
     changes = None if ours is None else _git("status", "--porcelain", "--", ":/", ":(top,exclude)benchmarks/results")
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -40,13 +39,8 @@ def _git(*arguments: str) -> str | None:
         return None
 
 
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def cpu_model() -> str:
-    """The processor's name for people."""
+    """The name of the processor, to show to users."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -55,15 +49,40 @@ def cpu_model() -> str:
     return next(names, "") or platform.processor() or platform.machine()
 
 
-def device_name(device: torch.device) -> str:
-    """The device's name for people, and the threads that compute on a CPU."""
+def pick_device(name: str) -> torch.device:
+    """The device for an option ``--device``. `auto` is CUDA if there is a CUDA device.
+
+    Raises:
+        ValueError: PyTorch has no such device here, or its memory cannot be measured.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"--device {name}: PyTorch finds no CUDA device here; use cpu, or a GPU and a CUDA build of PyTorch."
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name}: not a device of PyTorch; use cpu or cuda.") from error
+    if found.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: memory is measured on a CPU and on CUDA; use one of them.")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0.")
+    return found
+
+
+def device_name(device: torch.device, threads: bool = True) -> str:
+    """The name of the device, to show to users. For a CPU also the number of threads, if ``threads``."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{cpu_model()} with {torch.get_num_threads()} threads"
+    return f"{cpu_model()} with {torch.get_num_threads()} threads" if threads else cpu_model()
 
 
 def save(path: Path, write: Callable[[Path], Any]) -> None:
-    """Have ``write`` make the file under another name first, so that ``path`` never holds half of it."""
+    """Call ``write`` with another file name first, and then rename the file, so that ``path`` is never half-written."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(unfinished)
@@ -73,8 +92,13 @@ def save(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def size_in_words(size: float) -> str:
-    """Bytes for people: MB below one GB."""
-    return f"{size / MB:.0f} MB" if size < 2**30 else f"{size / 2**30:.2f} GB"
+    """A number of bytes in words: in MB below one GB, otherwise in GB."""
+    return f"{size / MB:.0f} MB" if size < GB else f"{size / GB:.2f} GB"
+
+
+def fraction(beta: float) -> str:
+    """A coupling as a fraction: `1/32`."""
+    return f"{beta:g}" if beta in (0, 1) else f"1/{1 / beta:g}"
 
 
 def ratio(a: float | None, b: float | None) -> float | None:
@@ -82,28 +106,34 @@ def ratio(a: float | None, b: float | None) -> float | None:
 
 
 def number(value: float | None, form: str) -> str:
-    """``value`` by a format specification; a dash if there is none."""
+    """``value`` in a given format; a dash if there is no value."""
     return "-" if value is None else format(value, form)
 
 
 def layers_in_words(config: Any) -> str:
-    """How many layers a reversible configuration has, and in which stages: `12`, or `12 (2 + 2 + 6 + 2)`."""
+    """The number of layers of a reversible configuration, and of each stage if there are several: `12 (2 + 2 + 6 + 2)`."""
     depths = config.stage_depths
     return f"{sum(depths)} ({' + '.join(map(str, depths))})" if len(depths) > 1 else str(depths[0])
 
 
 def width_of(config: Any) -> int:
-    """The width of the hidden states; of the first stage, where each stage has another."""
+    """The width of the hidden states. If it differs between stages, that of the first stage."""
     return getattr(config, "embed_dim", None) or config.hidden_size
 
 
 def slug(name: str) -> str:
-    """``name`` as a part of a file's name."""
+    """``name`` in a form that can be part of a file name."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
+def markdown(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as the lines of a table in Markdown. The first row is its head."""
+    head, *rest = (f"| {' | '.join(line)} |" for line in lines)
+    return [head, "|" + "---|" * len(lines[0]), *rest]
+
+
 def aligned(lines: Sequence[Sequence[str]], left: Container[int]) -> list[str]:
-    """Rows of cells as lines of text in columns, of which those in ``left`` are flush left."""
+    """Rows of cells as lines of text with aligned columns. The columns in ``left`` are aligned left, the others right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [
         "  ".join(

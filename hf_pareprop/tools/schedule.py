@@ -1,4 +1,4 @@
-"""Changing the coupling while a model is trained: towards the stock model, or away from it."""
+"""Change the coupling while a model is trained: towards the stock model, or away from it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,20 +13,20 @@ HALVINGS = (1 / 4, 1 / 8, 1 / 16, 1 / 32, 0.0)
 
 
 class BetaSchedule(TrainerCallback, ExportableState):
-    """Caps every layer's `beta` by stages of the training. The last step is in the last stage, however few steps there are.
+    """A callback of Trainer that limits every layer's `beta`, in stages of the training.
 
     `BetaSchedule.anneal()` is the way back to the stock model: at the end of the training the weights belong to
     `beta=0`, so that `to_stock` and `hf-pareprop export` give a model that computes the same. At 0 activations are
-    stored: the last stage needs the memory of plain training. A last cap above 0, such as 1/16, avoids that and leaves a
-    small difference.
+    stored, so the last stage needs the memory of plain training. A last cap above 0, such as 1/16, avoids that and leaves a
+    small difference. The last step is always in the last stage, even if there are few steps.
 
     Args:
-        caps: from a fraction of the training (0 to 1) to the largest `beta` of any layer from there on. A layer whose
+        caps: maps a fraction of the training (0 to 1) to the largest `beta` of any layer from there on. A layer whose
             own `beta` is smaller keeps it, so conventional layers stay conventional.
 
     Raises:
-        ValueError: a fraction or a cap is out of range; at the start of training, with `load_best_model_at_end`, which would put
-            weights of one stage into the coupling of another.
+        ValueError: a fraction or a cap is out of range. Also at the start of training with `load_best_model_at_end`, which
+            would load weights of one stage into a model with the coupling of another.
 
     Example:
         >>> Trainer(model, args, train_dataset=data, callbacks=[BetaSchedule.anneal(start=0.5)]).train()
@@ -34,7 +34,7 @@ class BetaSchedule(TrainerCallback, ExportableState):
     """
 
     def __init__(self, caps: Mapping[float, float]):
-        caps = {float(fraction): cap for fraction, cap in caps.items()}  # strings, in a checkpoint
+        caps = {float(fraction): cap for fraction, cap in caps.items()}  # a checkpoint has strings as keys
         for fraction in caps:
             if not 0 <= fraction <= 1:
                 raise ValueError(f"{fraction!r} is not a fraction of the training: give a number from 0 to 1.")
@@ -44,7 +44,15 @@ class BetaSchedule(TrainerCallback, ExportableState):
 
     @classmethod
     def anneal(cls, start: float = 0.5, caps: Sequence[float] = HALVINGS) -> "BetaSchedule":
-        """Stages of equal length from the fraction `start` of the training to its end."""
+        """A schedule with stages of equal length, from the fraction `start` of the training to its end.
+
+        Args:
+            start: the fraction of the training at which the first cap begins.
+            caps: the largest `beta` of each stage, by default 1/4, 1/8, 1/16, 1/32 and 0.
+
+        Example:
+            >>> BetaSchedule.anneal(start=0.8, caps=[1 / 4, 1 / 16])
+        """
         return cls({start + i * (1 - start) / len(caps): cap for i, cap in enumerate(caps)})
 
     def beta(self, progress: float) -> float | list[float]:
@@ -63,16 +71,16 @@ class BetaSchedule(TrainerCallback, ExportableState):
         config = reversible.config
         own: Any = self._own_betas_in(state) or config.beta
         self._own = betas_per_layer(own, sum(config.stage_depths))
-        for fraction in self.caps:  # a stage that cannot be is refused now, not in mid-training
+        for fraction in self.caps:  # so that an impossible stage is refused now, and not in the middle of the training
             reversible.set_beta(self.beta(fraction))
         reversible.set_beta(own)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint of Trainer keeps: its model has the betas of a stage, from which these could not be told."""
+        """What Trainer saves with a checkpoint: the caps and the layers' own betas. The saved model has those of a stage."""
         return {"args": {"caps": self.caps}, "attributes": {"_own": list(self._own)}}
 
     def _own_betas_in(self, state: Any) -> list[float] | None:
-        """Those that the layers had when the training began which is resumed here."""
+        """The betas that the layers had at the start of the training that is resumed here."""
         if not state.global_step:
             return None
         found = (state.stateful_callbacks or {}).get(type(self).__name__) or {}

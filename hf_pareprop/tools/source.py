@@ -2,6 +2,8 @@
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,27 +21,33 @@ COMPANIONS = (
     "added_tokens.json",
     "chat_template.*",
     "preprocessor_config.json",
+    "generation_config.json",
     "processor_config.json",
 )
-"""Files of tokenizers and image processors."""
+"""Files of tokenizers, image processors and text generation."""
 
 SENTENCE_ENCODER = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
-"""Files with which sentence-transformers says how a model becomes a sentence encoder."""
+"""Files of sentence-transformers, which describe how a model becomes a sentence encoder."""
 
 LARGEST_JSON = 20 * 2**20
-MOST_LABELS = 10**7
-LONGEST_MESSAGE = 1000
-"""Bytes of a JSON file that is read whole."""
+"""The largest number of bytes of a JSON file that is read."""
+
+LONGEST_MESSAGE = 500
+LONGEST_VALUE = 60
+"""The largest number of characters of an error's message, and of a value in it."""
+
+MADE_NO_SENSE = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
+"""The errors that transformers and PyTorch raise if the values of a file make no sense."""
 
 CODE = {"auto_map", "custom_pipelines", "custom_generate", "trust_remote_code", "use_kernels", "kernel_config"}
 """Fields of JSON files that name code to run."""
 
 IMPLEMENTATION = re.compile(r"(attn|experts)_implementation")
-"""Fields that name how a part is computed; with a `/` in it, by a kernel from a repository."""
+"""Fields that name an implementation. A value with a `/` in it names a repository of kernels."""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read; the message says what to do."""
+    """Raised if a checkpoint, or data for it, cannot be read. The message says what to do."""
 
 
 @dataclass
@@ -47,10 +55,10 @@ class Source:
     """A checkpoint in a local directory.
 
     Attributes:
-        name: directory or Hub id, as it was given.
-        folder: where its files are.
-        config: the contents of its config.json, without what names code elsewhere.
-        notes: what a user should know of it.
+        name: the directory or Hub id, as it was given.
+        folder: the directory of its files.
+        config: the contents of its config.json, without the fields that name code.
+        notes: facts about the checkpoint that a user should know.
     """
 
     name: str
@@ -65,10 +73,10 @@ class Source:
     @property
     def class_name(self) -> str:
         names = self.config.get("architectures")
-        return str(names[0]) if isinstance(names, list) and names else ""
+        return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
 
     def has_vocabulary(self) -> bool:
-        """Whether a tokenizer is there; without one, transformers would make one that knows no words."""
+        """Whether there is a tokenizer. If not, transformers would make one that knows no words."""
         return any(True for pattern in VOCABULARIES for _ in self.folder.glob(pattern))
 
     def companions(self) -> list[str]:
@@ -76,11 +84,7 @@ class Source:
         return sorted({file.name for pattern in COMPANIONS for file in self.folder.glob(pattern)})
 
     def plain_file(self, name: str) -> Path | None:
-        """The file called ``name`` within the checkpoint; ``None`` if there is none.
-
-        Raises:
-            CheckpointError: it is something else than a file in the checkpoint's own directory.
-        """
+        """The file ``name`` in the checkpoint; ``None`` if there is none."""
         path = self.folder / name
         if not path.exists() and not path.is_symlink():
             return None
@@ -102,13 +106,14 @@ def open_source(name: str, *, weights: bool = True) -> Source:
     """The checkpoint called ``name``: a directory, or else an id on the Hub, whose files are downloaded.
 
     Args:
-        weights: whether they are wanted, too.
-
-    Raises:
-        CheckpointError: there is none, it has no readable configuration, or files that lead elsewhere.
+        weights: whether the files of weights are downloaded as well.
     """
     folder = Path(name)
-    if not name or not folder.is_dir():
+    if not name:  # an empty name would be the current directory
+        raise CheckpointError("the name of the checkpoint is empty: give a directory or an id on the Hub.")
+    if not folder.is_dir():
+        if folder.is_symlink():
+            raise CheckpointError(f"{name} is a link that leads to no directory: give the directory itself.")
         if folder.exists():
             raise CheckpointError(f"{name} is a file: give the directory that it is in.")
         folder = _downloaded(name, weights)
@@ -117,71 +122,55 @@ def open_source(name: str, *, weights: bool = True) -> Source:
     if path is None:
         raise CheckpointError(f"{name} has no config.json: give the directory of a checkpoint of transformers.")
     source.config, dropped = read_without_code(path)
-    check_counts(source.config)
-    if dropped and not source.model_type.startswith("rev_"):  # whose code is this package's
-        source.notes.append(f"config.json: {', '.join(dropped)} left out, as foreign code is not carried along")
+    if dropped and not source.model_type.startswith("rev_"):  # the code of a reversible checkpoint is this package's
+        source.notes.append(f"config.json: {', '.join(dropped)} left out, because foreign code is not copied")
     for companion in source.companions():
         source.plain_file(companion)
     return source
 
 
 def _downloaded(name: str, weights: bool) -> Path:
-    if not name or name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise CheckpointError(
-            f"{name or 'an empty name'}: there is no such directory, and no model of the Hub has such a name."
-        )
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise CheckpointError(f"{name}: there is no such directory, and no model of the Hub has such a name.")
     files = ["*.safetensors", "*.safetensors.index.json", "pytorch_model*"] if weights else []
     patterns = ["config.json", "README.md", *files, *COMPANIONS, *SENTENCE_ENCODER, "[0-9]*_*/*.json"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except LocalEntryNotFoundError as error:
         raise CheckpointError(
-            f"{name}: there is no such directory, and the Hub is unreachable, so that it cannot be a model there either: check the "
-            "path, or the network."
+            f"{name}: there is no such directory, and the Hub is unreachable, so it cannot be looked up there: check the path, "
+            "or the network."
         ) from error
     except (HFValidationError, HfHubHTTPError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"{name} is neither a directory nor a model that the Hub gives: {first_line(error)}"
+            f"{name} is neither a directory nor a model that the Hub provides: {first_line(error)}"
         ) from error
 
 
-def check_counts(config: dict[str, Any]) -> None:
-    """
-    Raises:
-        CheckpointError: there are so many labels that there is no memory for the names that transformers makes of them.
-    """
-    for name in ("num_labels", "num_classes"):  # transformers' and timm's
-        count = config.get(name)
-        if isinstance(count, (int, float)) and not isinstance(count, bool) and not count < MOST_LABELS:
-            raise CheckpointError(f"config.json has {name}={count}: a whole number below {MOST_LABELS} is expected.")
+def read_json(path: Path, kind: type = dict, largest: int = LARGEST_JSON) -> Any:
+    """The object in a JSON file, or the list if ``kind`` is list.
 
-
-def read_json(path: Path, kind: type = dict) -> Any:
-    """The object in a JSON file, or the list if that is the ``kind``.
-
-    Raises:
-        CheckpointError: there is none.
+    Args:
+        path: the file.
+        kind: the type that the file has to hold.
+        largest: the largest number of bytes that the file may have.
     """
-    if (size := path.stat().st_size) > LARGEST_JSON:
+    if (size := path.stat().st_size) > largest:
         raise CheckpointError(f"{path} has {size} bytes, which is more than any file of its kind: it is not read.")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:
         raise CheckpointError(f"{path} is nested too deeply to be read.") from None
     except ValueError as error:
-        raise CheckpointError(f"{path} is not readable JSON: {error}.") from error
+        raise CheckpointError(f"{path} is not readable JSON ({error}): download or save it again.") from error
     if not isinstance(found, kind):
         what = "object" if kind is dict else "list"
-        raise CheckpointError(f"{path} is not a JSON {what} but a {type(found).__name__}.")
+        raise CheckpointError(f"{path} is not a JSON {what} but a {type(found).__name__}: download or save it again.")
     return found
 
 
 def read_without_code(path: Path, kind: type = dict) -> tuple[Any, list[str]]:
-    """The object in a JSON file without the fields that name code to run, and the names of those.
-
-    Raises:
-        CheckpointError: there is none.
-    """
+    """The object in a JSON file without the fields that name code to run, and the names of those."""
     try:
         return without_code(read_json(path, kind))
     except RecursionError:
@@ -205,15 +194,33 @@ def without_code(value: Any) -> tuple[Any, list[str]]:
     return kept, dropped
 
 
+@contextmanager
+def explained(what: str, advice: str) -> Iterator[None]:
+    """A context that turns a library's error about files into a CheckpointError with ``what``, the reason and ``advice``."""
+    try:
+        yield
+    except Exception as error:
+        raise CheckpointError(f"{what}: {first_line(error).rstrip('.')}. {advice}") from error
+
+
 def one_line(error: BaseException) -> str:
-    """The message of an error, or its type where it has none; cut where it repeats a value of many characters."""
-    return _cut(" ".join(str(error).split())) or type(error).__name__
+    """The message of an error in one line, or its type if it has no message. A long message is cut."""
+    text = str(error).partition("Exception raised from")[0]  # after these words PyTorch lists functions of C++
+    return _cut(" ".join(text.split())) or type(error).__name__
 
 
 def first_line(error: BaseException) -> str:
-    """The same of its first line."""
+    """The first line of the message of an error, or its type if it has no message; cut as in :func:`one_line`."""
     return _cut((str(error).strip().splitlines() or [type(error).__name__])[0])
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]} …"
+def quoted(value: Any) -> str:
+    """A value as it is written in a JSON file; a long value is cut."""
+    try:
+        return _cut(json.dumps(value, ensure_ascii=False), LONGEST_VALUE)
+    except (RecursionError, ValueError):  # an integer with thousands of digits
+        return f"a {type(value).__name__}"
+
+
+def _cut(text: str, longest: int = LONGEST_MESSAGE) -> str:
+    return text if len(text) <= longest else f"{text[:longest]} …"

@@ -1,24 +1,27 @@
-"""How long steps take, measured side by side."""
+"""Measure how long steps take, with several methods in turn."""
 
 import gc
 import logging
 import time
 import traceback
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeVar
 
 import torch
+
+from ..torch_private import free_workspaces
 
 logger = logging.getLogger("hf_pareprop")
 
 Step = Callable[[], None]
+Method = TypeVar("Method", bound=Hashable)
 
 OUT_OF_MEMORY = "out of memory"
-"""The error of a case that needs more memory than there is: a finding, where every other error is a failure."""
+"""The error of a case that needs too much memory. It is a result of the measurement; every other error is a failure."""
 
 
 def milliseconds(step: Step, device: torch.device) -> float:
-    """How long ``step`` takes, until its last kernel has ended."""
+    """How long ``step`` takes in milliseconds, until its last kernel has ended."""
     if device.type != "cuda":
         start = time.perf_counter()
         step()
@@ -33,7 +36,7 @@ def milliseconds(step: Step, device: torch.device) -> float:
 
 
 def time_interleaved(
-    prepare: Mapping[str, Callable[[], Step]],
+    prepare: Mapping[Method, Callable[[], Step]],
     rounds: int,
     warm_ups: int,
     device: torch.device,
@@ -42,18 +45,19 @@ def time_interleaved(
 ) -> None:
     """Time several methods in rounds, one step of each per round, and report every sample as ``method`` and ``ms``.
 
-    What slows a machine down for a while then slows all methods. The order rotates, so that no method always follows
-    the same one. A method that raises is reported with its ``error`` and left out from then on.
+    So if the machine is slow for a while, it affects all methods alike. The order rotates, so that no method always follows
+    the same one. A method that raises an error is reported with its ``error``, and is left out after that.
 
     Args:
-        prepare: for each method, what makes everything ready (untimed) and returns the step to time.
-        rounds: how many samples of each method.
-        warm_ups: how many rounds come before, and are not reported.
+        prepare: for each method, a function that prepares everything (untimed) and returns the step to time.
+        rounds: the number of samples of each method.
+        warm_ups: the number of rounds before those, which are not reported.
+        device: the device that the steps run on.
         report: called with keyword arguments, once per sample.
-        seconds: no round begins later than so long after the first one, but for the first.
+        seconds: after this time since the first round no further round begins. At least one round runs.
     """
     methods = list(prepare)
-    lost: set[str] = set()
+    lost: set[Method] = set()
     began = time.perf_counter()
     for round_ in range(-warm_ups, rounds):
         if round_ > 0 and time.perf_counter() - began > seconds:
@@ -78,7 +82,7 @@ def _sample(prepare: Callable[[], Step], device: torch.device) -> dict[str, Any]
 
 
 def error_of(error: Exception) -> str:
-    """``error`` in one line, the first of its message, as CUDA's go on with advice; its traceback is logged at level INFO."""
+    """The first line of an error's message (CUDA's messages go on with advice). Logs the traceback at level INFO."""
     texts = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in texts):
         return OUT_OF_MEMORY
@@ -87,7 +91,8 @@ def error_of(error: Exception) -> str:
 
 
 def release(device: torch.device) -> None:
-    """Give back what a step left behind that raised."""
+    """Free the memory that a failed step left allocated."""
     gc.collect()
     if device.type == "cuda":
+        free_workspaces()
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Checkpoints of timm, which `timm.create_model("local-dir:FOLDER", pretrained=True)` and transformers' TimmWrapper read."""
+"""Write checkpoints for timm. `timm.create_model("local-dir:FOLDER", pretrained=True)` and TimmWrapper can read them."""
 
 import json
 from collections.abc import Mapping
@@ -12,6 +12,8 @@ from transformers.utils import is_timm_available
 from ..configuration_rev_mvit import ARCHITECTURES
 from ..modeling_rev_mvit import RevMViTPreTrainedModel
 from .architectures import Library
+from .configuration import is_statistic
+from .source import CheckpointError, quoted, read_json
 
 PRETRAINED_CFG: dict[str, Any] = {
     "custom_load": False,
@@ -25,24 +27,24 @@ PRETRAINED_CFG: dict[str, Any] = {
     "first_conv": "patch_embed.proj",
     "classifier": "head.fc",
 }
-"""What timm says of the MViTv2 checkpoints that it distributes."""
+"""The preprocessing in the configuration of the MViTv2 checkpoints that timm distributes."""
 
 FIXED = {"mlp_ratio": 4.0, "qkv_bias": True, "layer_norm_eps": 1e-6}
-"""Fields that timm's architectures do not leave open."""
+"""Fields with a fixed value in timm's architectures."""
 
 
 def save_timm_checkpoint(model: RevMViTPreTrainedModel, folder: str | Path, processor: Path | None = None) -> None:
     """Write `config.json` and `model.safetensors` of the timm model with the weights of a reversible MViT.
 
-    It computes what ``model`` computes at ``beta=0``; at another beta the outputs differ.
+    The timm model computes what ``model`` computes at ``beta=0``. At another beta the outputs differ.
 
     Args:
-        model: with a classifier, or without one as [`RevMViTModel`].
-        folder: made if it does not exist.
-        processor: `preprocessor_config.json` of an image processor, whose mean and deviation go into the configuration.
+        model: a reversible MViT with a classifier, or without one ([`RevMViTModel`]).
+        folder: the directory; it is made if it does not exist.
+        processor: `preprocessor_config.json` of an image processor. Its mean and deviation are written to the configuration.
 
     Raises:
-        ValueError: timm has no such architecture.
+        ValueError: timm has no such architecture, or the image processor's file is damaged.
 
     Example:
         >>> save_timm_checkpoint(model, "mvit-for-timm")
@@ -50,9 +52,13 @@ def save_timm_checkpoint(model: RevMViTPreTrainedModel, folder: str | Path, proc
     """
     config = timm_config(model)
     if processor is not None and processor.is_file():
-        given = json.loads(processor.read_text(encoding="utf-8"))
-        names = {"mean": "image_mean", "std": "image_std"}
-        config["pretrained_cfg"] |= {ours: given[theirs] for ours, theirs in names.items() if given.get(theirs)}
+        given = read_json(processor)
+        for ours, theirs in {"mean": "image_mean", "std": "image_std"}.items():
+            if not is_statistic(value := given.get(theirs)):
+                raise CheckpointError(
+                    f"{processor} says {theirs}={quoted(value)}: a number for each channel is expected. Correct it there."
+                )
+            config["pretrained_cfg"][ours] = value or config["pretrained_cfg"][ours]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     prefix = f"{model.base_model_prefix}."
@@ -62,7 +68,7 @@ def save_timm_checkpoint(model: RevMViTPreTrainedModel, folder: str | Path, proc
 
 
 def timm_config(model: RevMViTPreTrainedModel) -> dict[str, Any]:
-    """What timm's `config.json` says of a reversible MViT.
+    """The contents of timm's `config.json` for a reversible MViT.
 
     Raises:
         ValueError: timm has no such architecture.
@@ -78,6 +84,7 @@ def timm_config(model: RevMViTPreTrainedModel) -> dict[str, Any]:
         )
     cfg = {**PRETRAINED_CFG, **(config.timm_pretrained_cfg or {})}
     for statistic in ("mean", "std"):
+        cfg[statistic] = cfg[statistic] or PRETRAINED_CFG[statistic]
         if len(values := cfg[statistic]) != config.num_channels:
             cfg[statistic] = [round(sum(values) / len(values), 6)] * config.num_channels
     cfg |= {"num_classes": labels, "input_size": [config.num_channels, config.image_size, config.image_size]}
@@ -106,7 +113,7 @@ def wrapper_config(model: RevMViTPreTrainedModel) -> PreTrainedConfig:
             f"The stock twin of {type(model).__name__} is a model of timm, which is not installed: pip install timm. Without it, "
             "hf-pareprop export writes a checkpoint that timm loads."
         )
-    from transformers import TimmWrapperConfig  # imports timm in transformers 5.17, and with it torchvision
+    from transformers import TimmWrapperConfig  # in transformers 5.17 this imports timm and torchvision
 
     config: PreTrainedConfig = TimmWrapperConfig.from_dict(fields, **given)
     return config
@@ -116,7 +123,8 @@ def _head_of(config: Mapping[str, Any]) -> str | None:
     wrapped = config.get("model_type", "timm_wrapper") == "timm_wrapper"
     if not wrapped or not str(config.get("architecture", "")).startswith("mvitv2"):
         return None
-    classes = config.get("num_classes", (config.get("pretrained_cfg") or {}).get("num_classes", 1000))
+    cfg = config.get("pretrained_cfg")
+    classes = config.get("num_classes", cfg.get("num_classes", 1000) if isinstance(cfg, Mapping) else 1000)
     return "ForImageClassification" if classes else "Model"
 
 

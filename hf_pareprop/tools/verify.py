@@ -1,10 +1,9 @@
-"""Does a model rebuild its states bit for bit, and are its gradients those of plain autograd? Measured on real batches."""
+"""Check on real batches that a model rebuilds its states bit for bit, and has the gradients of plain autograd."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,22 +14,24 @@ from ..observer import Observer, observing
 from ..plan import check_engine
 from .wrapping import check_bare
 
-T = TypeVar("T")
-
 
 @dataclass
 class Report:
     """What :func:`verify` measured.
 
     Attributes:
-        rebuilt: for each layer that was rebuilt, how many elements of its two input states came out with other bits than
-            they had; 0 means bit-equal.
+        rebuilt: for each rebuilt layer, how many elements of its two input states were rebuilt with other bits. 0 means that
+            they are bit-equal.
         largest: the largest absolute value of all states, and of what is added to them.
-        limit: states have to stay below it, or the outputs are NaN.
+        limit: states have to stay below this limit, or the outputs are NaN.
         loss_equal: whether the loss is bit-equal to that of the ``autograd`` engine.
-        gradient_error: the largest relative error of a parameter's gradient against the ``autograd`` engine's; gradients
-            below a thousandth of the whole are held against that.
+        gradient_error: the largest relative error of a parameter's gradient, compared with the ``autograd`` engine. The error
+            is relative to the gradient's norm, but at least to a thousandth of the norm of all gradients.
         gradients_equal: whether all gradients are bit-equal.
+
+    Example:
+        >>> report = verify(model, batch)
+        >>> assert report.exact and report.gradients_equal, report
     """
 
     rebuilt: dict[int, int] = field(default_factory=dict)
@@ -57,7 +58,7 @@ class Report:
 
 
 class _Comparing(Observer):
-    """Keeps the states that enter each layer, and compares what the backward pass rebuilds with them."""
+    """Keeps the states that enter each layer, and compares the rebuilt states with them."""
 
     def __init__(self, report: Report):
         self._report = report
@@ -78,24 +79,28 @@ class _Comparing(Observer):
 def verify(model: ReversiblePreTrainedModel, batch: Mapping[str, Any]) -> Report:
     """Run one training step twice, with the model's own engine and with ``autograd``, and compare.
 
-    The model runs in the mode it is in (``train()`` or ``eval()``) and under the caller's autocast; parameters,
-    ``.grad`` and the global random number generators are left as they were. Both runs replay the same random numbers.
+    The model runs in its current mode (``train()`` or ``eval()``) and under the caller's autocast. Parameters, ``.grad`` and
+    the global random number generators are left as they were. Both runs draw the same random numbers.
 
     Args:
         model: a reversible model.
-        batch: the arguments of its forward, tensors on its device; with labels the loss is differentiated, without
-            them the sum of the first output.
+        batch: the arguments of its forward, with tensors on its device. If there are labels the loss is differentiated,
+            otherwise the sum of the first output.
+
+    Returns:
+        A report with the attributes ``exact``, ``rebuilt``, ``gradients_equal``, ``gradient_error``, ``loss_equal``,
+        ``largest`` and ``limit``; as text, a line for people.
 
     Raises:
         TypeError: the model is compiled or wrapped.
-        ValueError: it is not reversible, or its engine is ``autograd``, which rebuilds nothing.
-        RuntimeError: a layer was rebuilt with other states, which every training step checks by itself.
+        ValueError: the model is not reversible, or its engine is ``autograd``, which rebuilds nothing.
+        RuntimeError: a layer was rebuilt with wrong states. Every training step checks that by itself.
 
     Example:
         >>> print(verify(model, batch))
         24 reversible layers: rebuilt states bit-equal, gradients bit-equal, loss bit-equal; states up to 3.66 of 16384
     """
-    if not hasattr(model, "set_backward_engine"):  # which wrappers pass on, or not
+    if not hasattr(model, "set_backward_engine"):  # some wrappers do not pass this attribute on
         check_bare(model)
         raise ValueError(
             f"{type(model).__name__} is not a reversible model: convert it with hf_pareprop.to_reversible."
@@ -107,11 +112,12 @@ def verify(model: ReversiblePreTrainedModel, batch: Mapping[str, Any]) -> Report
             "backward_engine='autograd' rebuilds nothing: choose the engine to verify, such as 'pareprop'."
         )
     report = Report()
-    with observing(_Comparing(report)):
-        loss, gradients = _replaying(partial(_gradients, model, batch))
+    with observing(_Comparing(report)), torch.random.fork_rng():
+        loss, gradients = _gradients(model, batch)
     try:
         model.set_backward_engine("autograd")
-        reference_loss, reference = _replaying(partial(_gradients, model, batch))
+        with torch.random.fork_rng():
+            reference_loss, reference = _gradients(model, batch)
     finally:
         model.set_backward_engine(engine)
     report.loss_equal = torch.equal(loss, reference_loss)
@@ -122,7 +128,7 @@ def verify(model: ReversiblePreTrainedModel, batch: Mapping[str, Any]) -> Report
 
 
 def gradient_error(reference: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> float:
-    """Largest relative error over parameters, in fp64; infinite if the two do not have the same ones."""
+    """The largest relative error over all parameters, in fp64. Infinite if the two have gradients for other parameters."""
     if reference.keys() != gradients.keys():
         return float("inf")
     whole = sum(g.double().norm().item() ** 2 for g in reference.values()) ** 0.5
@@ -140,8 +146,3 @@ def _gradients(model: ReversiblePreTrainedModel, batch: Mapping[str, Any]) -> tu
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     return loss.detach(), {n: g for n, g in zip(named, found, strict=True) if g is not None}
-
-
-def _replaying(work: Callable[[], T]) -> T:
-    with torch.random.fork_rng():
-        return work()

@@ -1,4 +1,4 @@
-"""The weights of a checkpoint, tensor by tensor: where each one is, and written without ever holding more than one."""
+"""Read and write the weights of a checkpoint tensor by tensor, without holding more than one in memory."""
 
 import json
 import pickle
@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .source import CheckpointError, Source, one_line, read_json
+from .source import MADE_NO_SENSE, CheckpointError, Source, one_line, read_json
 
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -33,10 +33,10 @@ DTYPES = {
     "BOOL": torch.bool,
     "C64": torch.complex64,
 }
-"""By their names in the format of safetensors (https://huggingface.co/docs/safetensors): those that a checkpoint can hold."""
+"""The dtypes of tensors in a checkpoint, by their names in safetensors (https://huggingface.co/docs/safetensors)."""
 
 BUFFERS = ("position_ids", "token_type_ids", "relative_position_index")
-"""What old checkpoints hold beside weights, in whole numbers; transformers makes them itself."""
+"""Integer tensors that old checkpoints hold beside their weights. Transformers makes them itself."""
 
 
 @dataclass
@@ -44,9 +44,9 @@ class Weights:
     """The tensors of a checkpoint, read one at a time.
 
     Attributes:
-        shapes: by name, on the meta device, which has shapes and dtypes and no values.
-        files: by name, the file of safetensors that a tensor is in.
-        unpickled: by name, the tensors of pickled weights.
+        shapes: tensors by name on the meta device, with shapes and dtypes but no values.
+        files: the safetensors file of each tensor, by name.
+        unpickled: the tensors of pickled weights, by name.
     """
 
     shapes: dict[str, Tensor]
@@ -54,38 +54,37 @@ class Weights:
     unpickled: dict[str, Tensor] = field(default_factory=dict)
 
     def tensor(self, name: str) -> Tensor:
-        """
-        Raises:
-            CheckpointError: its file is damaged.
-        """
-        found = self.unpickled[name] if name in self.unpickled else self._read(name)
+        """Read the tensor ``name``. Raises CheckpointError if it is damaged or has values that are not finite."""
+        if name in self.unpickled:
+            return self._checked(name, self.unpickled[name])
+        with _opened(self.files[name]) as file:  # opened for each tensor, so that no page of the file stays in memory
+            return self._checked(name, file.get_tensor(name))
+
+    def all(self) -> dict[str, Tensor]:
+        """All tensors, by name."""
+        return {name: self.tensor(name) for name in self.shapes}
+
+    def _checked(self, name: str, found: Tensor) -> Tensor:
         if not torch.isfinite(found).all():
             where = self.files.get(name, "the pickle file")
             raise CheckpointError(f"{where} has values that are not finite in {name}: it is damaged.")
         return found
 
-    def _read(self, name: str) -> Tensor:
-        # Opened anew for each, so that no page of the file that was read stays in memory.
-        with _opened(self.files[name]) as file:
-            found: Tensor = file.get_tensor(name)
-        return found
-
     def dtype(self, config: Any) -> torch.dtype:
-        """That a configuration names, or else that of the first tensor."""
+        """The dtype that a configuration names, or else that of the first floating-point tensor."""
         named = getattr(config, "dtype", None)
         named = getattr(torch, named, None) if isinstance(named, str) else named
         first = next((tensor.dtype for tensor in self.shapes.values() if tensor.is_floating_point()), torch.float32)
         return named if isinstance(named, torch.dtype) else first
 
-    def all(self) -> dict[str, Tensor]:
-        return {name: self.tensor(name) for name in self.shapes}
-
     def numbered(self, vocabulary: int | None = None) -> dict[str, Tensor]:
-        """Every tensor as one number, its own, expanded to its shape: what a class does with it can be followed for free.
+        """Replace every tensor by a number of its own, expanded to the tensor's shape.
+
+        This takes no memory, and shows where transformers puts each tensor when it loads them.
 
         Args:
-            vocabulary: how many rows embeddings of tokens have. Tensors of so many rows that are equal get one number, because
-                transformers ties what is equal.
+            vocabulary: the number of rows of token embeddings. Equal tensors with this many rows get the same number, because
+                transformers ties tensors that are equal.
         """
         numbers: dict[str, int] = {}
         tables: list[str] = []
@@ -98,11 +97,7 @@ class Weights:
         return {name: torch.tensor(float(n)).expand(self.shapes[name].shape) for name, n in numbers.items()}
 
     def origins(self, model: PreTrainedModel) -> dict[str, str]:
-        """By the names in ``model``, which was loaded from :meth:`numbered`: the tensors that its parameters came from.
-
-        Raises:
-            CheckpointError: it did more than to give tensors other names.
-        """
+        """Map the parameter names of ``model``, loaded from :meth:`numbered`, to the tensors that they came from."""
         names, found = list(self.shapes), {}
         for name, tensor in model.state_dict().items():
             number = tensor[(0,) * tensor.dim()].item() if tensor.numel() else 0
@@ -114,12 +109,7 @@ class Weights:
 
 
 def open_weights(source: Source, allow_pickle: bool = False) -> Weights:
-    """What ``source`` holds; only files in its own directory are read.
-
-    Raises:
-        CheckpointError: there are no weights, they are pickled and ``allow_pickle`` is not set, files are missing, damaged or
-            elsewhere, or hold what is no weight of a model.
-    """
+    """Open the weights of ``source``. Only files in its own directory are read."""
     for whole, index in (SAFETENSORS, PICKLES):
         if files := _files(source, whole, index):
             break
@@ -137,12 +127,12 @@ def open_weights(source: Source, allow_pickle: bool = False) -> Weights:
         weights = Weights({})
         for path in files:
             with _opened(path) as file:
-                for name in file.keys():  # noqa: SIM118, as it is no dictionary
+                for name in file.keys():  # noqa: SIM118, because it is not a dictionary
                     found = file.get_slice(name)
                     dtype = DTYPES.get(found.get_dtype())
                     if dtype is None:
                         raise CheckpointError(
-                            f"{path} holds {name} as {found.get_dtype()}, which is no number that a model trains with: "
+                            f"{path} holds {name} as {found.get_dtype()}, which is not a type that a model is trained in: "
                             "save the weights as float32, bfloat16 or float16."
                         )
                     weights.shapes[name] = torch.empty(found.get_shape(), dtype=dtype, device="meta")
@@ -158,7 +148,7 @@ def open_weights(source: Source, allow_pickle: bool = False) -> Weights:
 
 
 def _files(source: Source, whole: str, index: str) -> list[Path]:
-    """The one file of weights, or those that an index names; none if there is neither."""
+    """The single file of weights, or the files that an index names; empty if there is neither."""
     if found := source.plain_file(whole):
         return [found]
     if not (path := source.plain_file(index)):
@@ -188,22 +178,36 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
     try:
         try:
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # of the format before PyTorch 1.6, which cannot be mapped
+        except RuntimeError:  # files in the format before PyTorch 1.6 cannot be mapped
             found = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, KeyError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"the weights in {path} cannot be read: {one_line(error)}") from error
-    if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
+    except (OSError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path} is not a dictionary of tensors: give what torch.save(model.state_dict()) wrote."
+            f"the weights in {path} cannot be read: {one_line(error).rstrip('.')}. Download or save them again."
+        ) from error
+    except (pickle.UnpicklingError, EOFError, *MADE_NO_SENSE) as error:
+        # The messages of these errors are about parts of a pickle, or advise to run the code in it.
+        raise CheckpointError(
+            f"the weights in {path} cannot be read: the pickle is damaged, or holds objects other than tensors, which are not read. "
+            "Load it where you trust it, and save the model as safetensors."
+        ) from error
+    if not isinstance(found, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in found.items()
+    ):
+        raise CheckpointError(
+            f"{path} is not a dictionary of tensors by name: give what torch.save(model.state_dict()) wrote."
         )
+    for name, tensor in found.items():
+        odd = {"sparse": tensor.layout != torch.strided and not tensor.is_nested, "quantized": tensor.is_quantized}
+        odd |= {"without values": tensor.is_meta, "nested": tensor.is_nested}
+        if what := next((kind for kind, holds in odd.items() if holds), None):
+            raise CheckpointError(
+                f"{path} holds {name}, which is {what}: save the model with dense tensors, float32, bfloat16 or float16."
+            )
     return found
 
 
 def check_shard_size(size: str) -> None:
-    """
-    Raises:
-        CheckpointError: it is none.
-    """
+    """Raise CheckpointError if ``size`` is not a size such as 5GB."""
     try:
         split_torch_state_dict_into_shards({}, max_shard_size=size)
         positive = not re.fullmatch(r"\s*(-.*|0+(\.0*)?\s*[A-Za-z]*)", size)
@@ -219,11 +223,13 @@ def write_shards(
     """Write `model.safetensors`, or several files and their index, as `save_pretrained` does.
 
     Args:
-        shapes: by name, on the meta device.
-        read: gives the tensor of a name; each is dropped before the next is asked for.
+        folder: the directory to write into.
+        shapes: tensors by name on the meta device.
+        read: a function that returns the tensor of a name. Each tensor is dropped before the next is read.
+        max_shard_size: the largest size of a file, such as `"5GB"`.
 
     Yields:
-        How many bytes were written, after each tensor.
+        The number of bytes written, after each tensor.
     """
     split = split_torch_state_dict_into_shards(
         dict(shapes), filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
@@ -236,21 +242,20 @@ def write_shards(
 
 
 def _write(path: Path, shapes: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> Iterator[int]:
-    """One file in the format of safetensors: the length of the header, the header, and the numbers.
+    """Write one file in the format of safetensors: the length of the header, the header, and the values.
 
-    Not by `safetensors.torch.save_file`, which takes all tensors at once.
+    `safetensors.torch.save_file` is not used, because it takes all tensors at once.
     """
     names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    shapes = dict(
-        sorted(shapes.items(), key=lambda item: -item[1].element_size())
-    )  # so that each begins at a multiple of that
+    # Sorted, so that each tensor begins at a multiple of the size of its elements.
+    shapes = dict(sorted(shapes.items(), key=lambda item: -item[1].element_size()))
     for name, shape in shapes.items():
         begin, end = end, end + shape.numel() * shape.element_size()
         header[name] = {"dtype": names[shape.dtype], "shape": list(shape.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # numbers begin at a multiple of eight bytes
+    text += b" " * (-len(text) % 8)  # so that the values begin at a multiple of eight bytes
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name, shape in shapes.items():

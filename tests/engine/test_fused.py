@@ -20,7 +20,7 @@ LOWEST, HIGHEST = -(2**31), 2**31 - 1
 
 @pytest.fixture(autouse=True)
 def proved(monkeypatch):
-    """What is known of the kernels, forgotten before and after a test; they run on this machine's device."""
+    """Forget before and after a test whether the kernels work, so that it is tried again. They run on this machine's device."""
     monkeypatch.setattr(fused, "DEVICES", {DEVICE.type})
     coupling.fused_are_exact.cache_clear()
     yield
@@ -32,12 +32,16 @@ def plan_of(side_bits, grid_bits=16):
 
 
 def random_state(shape):
-    """Of every size that an int32 has, so that sums wrap around."""
+    """A state with values of any size that fits into int32, so that sums wrap around."""
     return torch.randint(LOWEST, HIGHEST + 1, shape, dtype=torch.int32, device=DEVICE)
 
 
 def assert_equal(a, b):
     torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def no_peak():
+    return torch.zeros((), device=DEVICE)
 
 
 def assert_equal_sides(found, sides):
@@ -46,10 +50,10 @@ def assert_equal_sides(found, sides):
 
 @pytest.mark.parametrize("shape", [(3, 7, 16), (4, 640), (0, 8)])
 @pytest.mark.parametrize("grid_bits", [4, 12, 16, 22])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("side_bits", range(8))
 def test_the_bits_of_an_update_and_its_inverse(side_bits, dtype, grid_bits, shape):
-    """Values halfway between two points of the grid among them, the largest that fit into int32, and states that wrap."""
+    """Some values are halfway between two points of the grid, some the largest in int32, and some states wrap around."""
     plan = plan_of(side_bits, grid_bits)
     torch.manual_seed(side_bits)
     value = 30 * torch.randn(shape, device=DEVICE, dtype=dtype)
@@ -57,15 +61,17 @@ def test_the_bits_of_an_update_and_its_inverse(side_bits, dtype, grid_bits, shap
     if value.numel():
         halves = torch.randint(-(2**20), 2**20, (100,)) * 0.5
         special = torch.tensor([0.5, 1.5, -0.5, -2.5, 3.5, 0.5 - 2**-25, 2**-25 - 0.5, 2.0**31 - 128, 128 - 2.0**31])
+        if dtype.itemsize == 2:  # the last two would be rounded to what no int32 holds
+            special[-2:] = torch.tensor([2.0**8, -(2.0**8)])
         value.view(-1)[:109] = torch.cat([special, halves]) * 2.0**-grid_bits
         previous.view(-1)[5:9] = torch.tensor([LOWEST, HIGHEST, HIGHEST, LOWEST])
         previous.view(-1)[-2:] = torch.tensor([LOWEST, HIGHEST])
-    following, sides, peak = coupling.advance_in_passes(value, previous, plan, keep=True)
-    found, kept, highest = fused.advance(value, previous, plan, keep=True)
+    following, sides, peak = coupling.advance_in_passes(value, previous, plan, no_peak(), keep=True)
+    found, kept, highest = fused.advance(value, previous, plan, no_peak(), keep=True)
     assert_equal(found, following)
     assert_equal_sides(kept, sides)
     assert_equal(highest, peak)
-    again, none, highest = fused.advance(value, previous, plan)
+    again, none, highest = fused.advance(value, previous, plan, no_peak())
     assert_equal(again, following)
     assert none == []
     assert_equal(highest, peak)
@@ -77,7 +83,7 @@ def test_the_bits_of_an_update_and_its_inverse(side_bits, dtype, grid_bits, shap
 @pytest.mark.parametrize("side_bits", [0, 1, 5, 7])
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")  # of NumPy, which interprets
 def test_values_that_no_int32_holds(side_bits, dtype):
-    """Whatever they are rounded to, it is undone; and the peak tells of each one of them."""
+    """The update can be undone, whatever these values are rounded to, and the peak reports each of them."""
     plan = plan_of(side_bits)
     torch.manual_seed(side_bits)
     nan, inf = float("nan"), float("inf")
@@ -99,8 +105,8 @@ def test_values_that_no_int32_holds(side_bits, dtype):
     ):
         value, previous = torch.randn(4, 640, device=DEVICE, dtype=dtype), random_state((4, 640)) // 2**10
         value.view(-1)[-len(special) :] = torch.tensor(special, dtype=dtype)
-        _, sides, peak = coupling.advance_in_passes(value, previous, plan, keep=True)
-        found, kept, highest = fused.advance(value, previous, plan, keep=True)
+        _, sides, peak = coupling.advance_in_passes(value, previous, plan, no_peak(), keep=True)
+        found, kept, highest = fused.advance(value, previous, plan, no_peak(), keep=True)
         assert_equal(highest, peak)
         assert coupling.poison(highest).isnan()
         assert_equal_sides(kept, sides)
@@ -123,14 +129,14 @@ def test_values_that_no_int32_holds(side_bits, dtype):
     ],
 )
 def test_the_peak(at, value, state, peak, columns):
-    """Wherever it lies in memory, of the value or of the state, of either sign; and nothing beyond the end counts."""
+    """It is found anywhere in memory, in the value or the state, with either sign. Memory beyond the end does not count."""
     plan = plan_of(0)
     values = torch.zeros(columns * 8, device=DEVICE)
     states = torch.zeros(columns * 8, device=DEVICE, dtype=torch.int32)
     values[at], states[at] = value * 2.0**-16, state
-    found = fused.advance(values, states, plan)[2]
+    found = fused.advance(values, states, plan, no_peak())[2]
     assert found.item() == peak
-    assert_equal(found, coupling.advance_in_passes(values, states, plan)[2])
+    assert_equal(found, coupling.advance_in_passes(values, states, plan, no_peak())[2])
 
 
 @pytest.mark.parametrize("beta", [1.0, 0.5, 1 / 32, [0.5, 0, 1.0]])
@@ -176,19 +182,19 @@ def test_what_the_kernels_do_not_take(tensors, reason):
 
 @pytest.mark.parametrize("side_bits", [1, 7, 8])
 def test_either_way_of_an_update_undoes_the_other(side_bits, monkeypatch):
-    """Through the functions that choose: with the kernels, and without them."""
+    """An update by kernels can be undone by PyTorch's operations, and the other way round."""
     plan = plan_of(side_bits)
     value, previous = torch.randn(8, 32, device=DEVICE), random_state((8, 32))
-    here = coupling.advance(value, previous, plan, keep=True)
+    here = coupling.advance(value, previous, plan, no_peak(), keep=True)
     monkeypatch.setattr(fused, "DEVICES", set())
     assert_equal(coupling.retreat(value, here[0], plan, here[1]), previous)
-    there = coupling.advance(value, previous, plan, keep=True)
+    there = coupling.advance(value, previous, plan, no_peak(), keep=True)
     monkeypatch.setattr(fused, "DEVICES", {DEVICE.type})
     assert_equal(coupling.retreat(value, there[0], plan, there[1]), previous)
 
 
 def spoiled(trouble):
-    """A launch of kernels that do not work."""
+    """A replacement of the launch, with kernels that do not work."""
     original = fused.launch
 
     def launch(kernel, value, state, result, *args, **kwargs):
@@ -205,7 +211,7 @@ def spoiled(trouble):
 
 @pytest.mark.parametrize("trouble", ["raises", "other bits", "another peak"])
 def test_kernels_are_tried_first(trouble, monkeypatch):
-    """No compiler, or a GPU on which they would compute something else: said once."""
+    """Without a compiler, or with a GPU on which they compute something else, there is one warning."""
     tensors = odd(plan_of(1), (8, 8))
     monkeypatch.setattr(fused, "launch", spoiled(trouble))
     with pytest.warns(UserWarning, match="Triton.*(C compiler|other bits)"):
@@ -217,7 +223,7 @@ def test_kernels_are_tried_first(trouble, monkeypatch):
 
 @pytest.mark.parametrize("trouble", ["raises", "other bits", "another peak"])
 def test_kernels_that_do_not_work_are_not_used(family, trouble, monkeypatch):
-    """The results are the same, and it is said once."""
+    """The results are the same, and there is one warning."""
     model, batch = family.build(2, beta=0.5).to(DEVICE), {k: v.to(DEVICE) for k, v in family.batch().items()}
     reference = step(model, batch, "reprop")
     coupling.fused_are_exact.cache_clear()
@@ -232,14 +238,14 @@ def test_kernels_that_do_not_work_are_not_used(family, trouble, monkeypatch):
 
 
 def test_memory_can_be_accounted(monkeypatch):
-    """Fake tensors have no data to launch a kernel on; their results have the shapes of real ones."""
+    """A kernel cannot run on fake tensors, which have no data. Their results have the shapes of real ones."""
     monkeypatch.setattr(fused, "DEVICES", {"cuda"})
     plan = plan_of(5)
     with FakeTensorMode():
         value = torch.empty(4, 8, 8, device="cuda")
         previous = torch.empty(4, 8, 8, dtype=torch.int32, device="cuda")
         assert coupling.runs_fused(value, previous, plan)
-        following, sides, peak = coupling.advance(value, previous, plan, keep=True)
+        following, sides, peak = coupling.advance(value, previous, plan, torch.zeros((), device="cuda"), keep=True)
         undone = coupling.retreat(value, following, plan, sides)
     assert (following.shape, undone.shape, [len(bits) for bits in sides]) == ((4, 8, 8), (4, 8, 8), [128, 32])
     assert (following.dtype, undone.dtype) == (torch.int32, torch.int32)

@@ -1,7 +1,7 @@
-"""Every engine against plain autograd through the same network, over the whole matrix.
+"""Compare every engine with plain autograd through the same network, for all combinations of options.
 
-Bit equality throughout: a state receives two gradients (from the step that reads it and from the step after), a sum of
-two terms does not depend on their order, and all other arithmetic is the same kernels on the same bits.
+Gradients are bit-equal: a state receives two gradients (from the step that reads it and from the step after), a sum of two
+terms does not depend on their order, and everything else is computed by the same kernels on the same bits.
 """
 
 import pytest
@@ -42,7 +42,7 @@ def test_engines_agree_with_autograd(name, attention, precision, dropout, beta, 
 @pytest.mark.parametrize("beta", [1.0, 0.5, 1 / 256, [0.5, 0, 1.0]])
 @pytest.mark.parametrize("engine", ["reprop", "pareprop"])
 def test_gradient_of_the_input(beta, engine, lane):
-    """inputs_embeds is what the rebuilding has to reach."""
+    """The gradient of inputs_embeds has to be right as well."""
     family = FAMILIES["roberta"]
     model = family.build(3, 0.1, beta=beta)
     batch = family.batch()
@@ -70,12 +70,17 @@ def test_gradient_of_the_image():
 
 @pytest.mark.parametrize("beta", [1.0, 0.5, 0.25, 1 / 32, [0.5, 0, 1.0]])
 def test_autograd_engine_agrees_with_finite_differences(family, beta):
-    """The reference itself: central differences in fp64 (grid off, it is piecewise constant) along a random direction.
+    """The reference is compared with central differences along a random direction, in fp64 and without a grid.
 
-    With step e = 1e-7 the rounding error is eps * |loss| / e = 2e-9 and the truncation error e^2, both relative to a
-    directional derivative of order 1. A step that is larger crosses kinks of max pooling (with 1e-5 several in this MViT).
+    (With a grid the function is piecewise constant.) With a step e = 1e-7 the rounding error is eps * |loss| / e = 2e-9 and
+    the truncation error e^2, both relative to a directional derivative of order 1. A larger step would cross kinks of max
+    pooling; with 1e-5 it crosses several in this MViT.
     """
-    model = family.build(3, beta=beta, grid_bits=None, scale=1.0).double()
+    assert_finite_differences(family, beta=beta)
+
+
+def assert_finite_differences(family, **fields):
+    model = family.build(3, grid_bits=None, scale=1.0, **fields).double()
     batch = cast(family.batch(), torch.float64)
     _, grads, _ = step(model, batch, "autograd")
     torch.manual_seed(3)
@@ -100,7 +105,7 @@ def test_lanes_agree(family, beta, lane):
 
 
 def test_more_threads_than_one(family):
-    """The worker thread has to use as many intra-op threads as the forward pass, or kernels differ in bits."""
+    """The worker thread has to use as many intra-op threads as the forward pass; otherwise kernels round differently."""
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -119,7 +124,7 @@ def test_chunked_feed_forward():
 @pytest.mark.parametrize("beta", [1.0, 0.5, 0.125])
 @pytest.mark.parametrize("grid_bits", [4, 12, 20, 22])
 def test_grids(family, grid_bits, beta):
-    """Coarse ones too: what is computed is another model's, its gradients are exact."""
+    """On a coarse grid the model computes something else, but its gradients are exact as well."""
     model, batch = family.build(5, 0.1, beta=beta, grid_bits=grid_bits), family.batch()
     assert_same(step(model, batch, "autograd")[1], step(model, batch, "pareprop")[1])
 
@@ -127,10 +132,10 @@ def test_grids(family, grid_bits, beta):
 @pytest.mark.parametrize("forward", [True, False])
 @pytest.mark.parametrize("engine", ["reprop", "pareprop"])
 def test_backward_inside_an_autocast_region(family, engine, forward):
-    """The region of the forward pass, or one that the forward pass was not in.
+    """The backward pass runs in the autocast region of the forward pass, or in a region of its own.
 
-    A weight cast that is cached without gradients in the forward would cut the gradients of the recomputation; autocast
-    that was off in the forward must not leak into it.
+    A weight cast that was cached without gradients in the forward pass would cut the gradients of the rebuild. And autocast
+    that was off in the forward pass must not be on in the rebuild.
     """
     model, batch = family.build(2, beta=0.5), family.batch()
     found = []

@@ -14,7 +14,7 @@ TIMES = 60
 
 @pytest.fixture
 def interrupt():
-    """Raises a KeyboardInterrupt in this thread after so many seconds, as Ctrl-C would, unless it is called with 0."""
+    """Raise a KeyboardInterrupt in this thread after some seconds, like Ctrl-C. With 0, cancel that."""
     if not hasattr(signal, "setitimer"):
         pytest.skip("needs a timer that sends signals")
 
@@ -61,7 +61,7 @@ def test_interrupts_at_any_time(interrupt, place):
 
 
 def test_an_impatient_user(interrupt):
-    """A second interrupt while the first one waits for the worker still waits for it."""
+    """A second interrupt, which comes while the first one waits for the worker, does not end that wait."""
     done = []
 
     def work():

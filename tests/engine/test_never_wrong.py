@@ -1,7 +1,7 @@
-"""What users do around a training step: gradients are those of plain autograd, bit for bit, or an exception says why not.
+"""Whatever users do around a training step, gradients are bit for bit those of plain autograd, or an exception is raised.
 
-Every event runs around one training step of a model of six layers, with the `autograd` engine, which stores everything, and
-with the engines that rebuild.
+An event is something that a user does. Each event runs around one training step of a model of six layers, with the `autograd`
+engine, which stores everything, and with the engines that rebuild.
 """
 
 import copy
@@ -27,7 +27,7 @@ REFUSED = "are not those of the forward pass|set_backward_engine\\('autograd'\\)
 
 @pytest.fixture(params=["reprop", "pareprop"])
 def engine(request):
-    """`pareprop` overlaps, whatever the cores of this machine are busy with."""
+    """The engines. `pareprop` overlaps even if the cores of this machine are busy."""
     with lanes.replaced(lambda device: WORKER):
         yield request.param
 
@@ -37,7 +37,7 @@ def layers(model):
 
 
 def last_stage(model):
-    """The ModuleList with the layers of the last stage, or of the only one: of at least the last two thirds."""
+    """The ModuleList with the layers of the last or only stage, which has at least two thirds of the layers."""
     return model.base_model.encoder.stages()[-1]
 
 
@@ -89,7 +89,7 @@ def learned_prompt(model, batch):
 
 
 def auxiliary(where, weight=1.0):
-    """A loss on what a layer returns, beside the model's own or alone."""
+    """A loss on the output of a layer, in addition to the model's own loss or alone."""
 
     def event(model, batch):
         kept = []
@@ -150,7 +150,7 @@ def gradient_sent_elsewhere(model, batch):
 
 
 def large_hidden_states(model, batch):
-    """Beyond 2**24 units, where fp32 does not hold all bits of a state."""
+    """Hidden states beyond 2**24 units, where fp32 cannot hold all bits of a state."""
     with torch.no_grad():
         bias = linears(layers(model)[1])[-1].bias
         bias.copy_(1000 * torch.linspace(-1, 1, len(bias)))
@@ -197,7 +197,7 @@ def test_a_hidden_state_of_another_shape_is_refused(family, change):
 
 
 def test_hidden_states_are_those_of_the_autograd_engine(family):
-    """And with them nothing is stored but a pair of states for each: the engine stays what it is."""
+    """Nothing is stored for them but a pair of states each: the engine does not fall back to `autograd`."""
     model, batch = family.build(4, 0.1, beta=0.5), family.batch()
     found = []
     for engine in ("autograd", "reprop"):
@@ -212,7 +212,7 @@ def test_hidden_states_are_those_of_the_autograd_engine(family):
 
 
 def captured(part, observe):
-    """An auxiliary loss on an activation inside a layer."""
+    """An auxiliary loss on an activation that was taken from inside a layer."""
 
     def event(model, batch):
         kept = []
@@ -303,7 +303,7 @@ def test_a_global_hook_counts_as_one_on_every_module(family, engine):
 
 @pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
 def test_hooks_on_gradients_inside_a_layer(family, engine, register):
-    """They see, and may change, the gradients of a rebuilt layer as of any other."""
+    """They see the gradients of a rebuilt layer, and may change them, as in any other layer."""
     calls = []
 
     def double(module, *grads):
@@ -430,8 +430,34 @@ def test_conditions_of_the_forward_pass_are_replayed(family, engine, beta, event
     assert_right(event, family.build(6, 0.1, beta=beta), family.batch(), engine)
 
 
+def test_kernels_that_are_chosen_in_the_forward_pass(family, engine):
+    """PyTorch sets the order in which it tries the kernels of attention when attention runs for the first time."""
+    model, seen = family.build(3, beta=0.5), []
+    first = linears(layers(model)[0])[0]
+    run = first.forward
+
+    def choosing(hidden):
+        torch.backends.mkldnn.set_flags(False)
+        seen.append(torch.backends.mkldnn.enabled)
+        return run(hidden)
+
+    def as_found(hidden):
+        seen.append(torch.backends.mkldnn.enabled)
+        return run(hidden)
+
+    model.set_backward_engine(engine)
+    try:
+        first.forward = choosing
+        loss = loss_of(model, family.batch())
+        first.forward = as_found
+        loss.backward()
+    finally:
+        torch.backends.mkldnn.set_flags(True)
+    assert seen == ([False] if engine == "autograd" else [False, False])
+
+
 def functional(model, batch):
-    """The parameters and buffers of one call, which are not those of the model."""
+    """Parameters and buffers for one call of the model, other than its own."""
     given = {n: (p.detach() * 0.9).requires_grad_() for n, p in model.named_parameters()}
     functional_call(model, given, (), batch).loss.backward()
     for name, parameter in model.named_parameters():
@@ -439,7 +465,7 @@ def functional(model, batch):
 
 
 def computed_parameters(model, batch):
-    """As hypernetworks have them: the gradient goes on to what they were computed from."""
+    """Parameters that are computed, as in hypernetworks: the gradient goes on to what they were computed from."""
     factor = nn.Parameter(torch.ones(()))
     given = {n: p.detach() * factor for n, p in model.named_parameters()}
     functional_call(model, given, (), batch).loss.backward()
@@ -501,7 +527,7 @@ def modified_buffer(model, batch):
 
 
 def with_every_call_other(model, batch, change):
-    """A training step of a layer whose result is ``change(result, call)``, calls being counted."""
+    """Run a training step with a layer whose result is ``change(result, call)``. Calls are counted."""
     calls = []
     dense, original = linears(layers(model)[1])[-1], linears(layers(model)[1])[-1].forward
 
@@ -526,7 +552,7 @@ REFUSABLE = [replaced_module, written_past_the_version, modified_buffer, not_a_f
 
 
 def other_input_of_a_kept_result(model, batch):
-    """What a kept result was computed from: given, the result hides it from the states."""
+    """Change the input of a kept result: because the result is given, the states do not show the change."""
     calls = []
     inner, original = linears(layers(model)[1])[-2], linears(layers(model)[1])[-2].forward
     inner.forward = lambda x: calls.append(1) or original(x).roll(len(calls), dims=0)
@@ -549,7 +575,7 @@ def test_what_cannot_be_replayed_is_refused_where_results_are_kept(family, engin
 
 
 def budget_for_linears(model, batch):
-    """One that keeps the results of linear layers in all layers, and nothing else."""
+    """A budget that keeps the results of linear layers in all layers, and nothing else."""
     model = copy.deepcopy(model)
     model.set_memory_budget("1TB")
     loss_of(model, batch)
@@ -561,7 +587,7 @@ def budget_for_linears(model, batch):
 
 
 def test_an_adapter_that_is_switched_on(family, engine):
-    """What gets a gradient in the backward pass alone is refused as well: an optimizer would move it."""
+    """A parameter that gets a gradient only in the backward pass is refused as well: an optimizer would change it."""
     model, batch = family.build(4, beta=0.5), family.batch()
     dense, original = linears(layers(model)[1])[-1], linears(layers(model)[1])[-1].forward
     dense.extra = nn.Parameter(torch.zeros(()))
@@ -575,7 +601,7 @@ def test_an_adapter_that_is_switched_on(family, engine):
 
 
 def test_a_backward_pass_in_inference_mode_is_refused(family, engine):
-    """Within it a rebuild would have no graph."""
+    """In inference mode a rebuild would have no graph."""
     model = family.build(4, beta=0.5, backward_engine=engine)
     for layer in layers(model):
         layer.requires_grad_(False)
@@ -585,7 +611,7 @@ def test_a_backward_pass_in_inference_mode_is_refused(family, engine):
 
 
 def test_dropout_that_was_changed(family, engine):
-    """Even in a branch that adds nothing, where the states do not show it."""
+    """It is noticed even in a branch that adds nothing, where the states do not show it."""
     model, batch = family.build(4, 0.3, beta=0.5), family.batch()
     layer = layers(model)[1]
     with torch.no_grad():
@@ -625,7 +651,7 @@ def test_what_cannot_be_replayed_is_refused(family, engine, beta, event):
 
 
 def test_nothing_wrong_is_accumulated_before_the_check(family, engine):
-    """Every layer is checked before its gradients leave it: above the wrong one they are right, below there are none."""
+    """Every layer is checked before its gradients leave it. Above a wrong layer they are right, and below there are none."""
     model, batch = family.build(6, beta=0.5), family.batch()
     reference = step(model, batch, "autograd")[1]
     model.zero_grad()
@@ -642,7 +668,7 @@ def test_nothing_wrong_is_accumulated_before_the_check(family, engine):
 
 
 def test_the_check_sees_a_backward_pass_of_a_few_layers(family, engine):
-    """`torch.autograd.grad` of upper parameters never comes to the bottom of the chain."""
+    """`torch.autograd.grad` for parameters of upper layers never reaches the bottom of the chain."""
     model, batch = family.build(6, beta=0.5), family.batch()
     model.set_backward_engine(engine)
     loss = loss_of(model, batch)
@@ -660,7 +686,7 @@ def spectral(register):
 
 
 def test_a_parametrization_that_changes_its_buffers_is_refused(family, engine):
-    """Spectral normalisation iterates every time it is used in training."""
+    """Spectral normalisation changes its buffers at every use in training."""
     event = spectral(nn.utils.parametrizations.spectral_norm)
     with pytest.raises(RuntimeError, match="changes its buffer .*set_backward_engine"):
         outcome(event, family.build(4, beta=0.5), family.batch(), engine)
@@ -674,7 +700,7 @@ def test_the_older_spectral_norm_has_its_layer_store_activations(family, engine)
 
 
 def test_a_mask_that_is_overwritten(engine):
-    """A padding mask as large as attention's, which the model reads and does not copy."""
+    """A padding mask of the size of the attention mask, which the model reads without copying it."""
     family = FAMILIES["roberta"]
     model, batch = family.build(4, beta=0.5, attn_implementation="eager"), family.batch()
     batch["attention_mask"] = torch.zeros(3, 1, 11, 11)
@@ -710,7 +736,7 @@ def test_a_learned_mask(engine, precision, attention, beta):
 
 
 def test_a_tensor_that_the_layer_does_not_own(family, engine):
-    """A parameter of somebody else, which a rebuilt layer would give no gradient to."""
+    """A parameter of another module, which would get no gradient from a rebuilt layer."""
     model, batch = family.build(3, beta=0.5), family.batch()
     scale = nn.Parameter(torch.ones(()))
     dense, original = linears(layers(model)[1])[-1], linears(layers(model)[1])[-1].forward
@@ -768,7 +794,7 @@ def test_what_leaves_the_range_reaches_the_loss(family, engine, beta, value, whe
 
 @pytest.mark.parametrize("engine", ["autograd", "reprop", "pareprop"])
 def test_a_peak_inside_the_chain_reaches_the_loss(family, engine):
-    """A state that leaves the range and comes back, as it would unseen in wrapping integers."""
+    """A state leaves the range and comes back. Integers that wrap around would hide it."""
     model = family.build(6, beta=1.0, backward_engine=engine)
     with torch.no_grad():
         linears(layers(model)[4])[-3].bias[3] = -20000
@@ -801,7 +827,7 @@ def test_a_nan_reaches_a_loss_on_what_a_hook_sees(family):
 
 
 def test_two_models_in_two_threads(engine):
-    """Each step is the one it would be alone."""
+    """Each step gives the results that it would give alone."""
     models = {name: FAMILIES[name].build(4, beta=0.5) for name in FAMILIES}
     references = {name: step(model, FAMILIES[name].batch(), "autograd")[1] for name, model in models.items()}
     trouble = []
@@ -826,7 +852,7 @@ def test_two_models_in_two_threads(engine):
 
 
 def test_a_thread_that_draws_random_numbers_is_noticed(family, engine):
-    """Its draws go between those of a step's two dropouts, so that the step cannot be replayed."""
+    """It draws between the two dropouts of a step, so the step cannot be replayed."""
     model, batch = family.build(4, 0.3, beta=0.5), family.batch()
     dense, original = linears(layers(model)[1])[-1], linears(layers(model)[1])[-1].forward
     calls = []
@@ -847,7 +873,7 @@ def test_a_thread_that_draws_random_numbers_is_noticed(family, engine):
 
 
 def test_the_check_would_notice_dropout_that_is_not_replayed(family, monkeypatch):
-    """A control of the controls: without the generators' states every step with dropout is refused."""
+    """A control: if generators are not restored, every step with dropout is refused."""
     monkeypatch.setattr(replay, "generators", lambda device: [])
     with pytest.raises(RuntimeError, match="are not those of the forward pass"):
         step(family.build(3, 0.3, beta=0.5), family.batch(), "reprop")
@@ -882,7 +908,7 @@ def in_another_thread(model, batch):
 
 
 def of_several_parts(model, batch):
-    """Gradients of the upper layers first, then of all."""
+    """Compute the gradients of the upper layers first, then all gradients."""
     loss = loss_of(model, batch)
     torch.autograd.grad(loss, list(layers(model)[4].parameters()), retain_graph=True)
     loss.backward()

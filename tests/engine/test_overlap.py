@@ -1,4 +1,4 @@
-"""Whether rebuilding runs beside the gradient computation, read off traces."""
+"""Whether rebuilding overlaps with the gradient computation, according to traces."""
 
 import time
 
@@ -56,7 +56,7 @@ def test_nothing_rebuilt_is_an_error():
 
 
 def test_kernels_belong_to_the_range_that_launched_them():
-    """However late they run, and on whatever stream; other kernels and other threads' launches do not count."""
+    """Even if they run later and on any stream. Other kernels, and launches of other threads, do not count."""
     events = [
         a_range(REBUILD, 0, 10),
         a_range(GRADIENTS, 12, 10),
@@ -97,23 +97,31 @@ def test_calls_that_make_the_host_wait_are_found():
 
 
 def model_and_batch(family, engine, device):
-    """Of a size at which a thread's start is nothing beside a step."""
+    """They are so large that starting a thread takes little time compared with a step."""
     model = FAMILIES[family].build(depth=2, backward_engine=engine, beta=0.5, wider=4, mlp_ratio=4)
     batch = {name: tensor.to(device) for name, tensor in FAMILIES[family].large_batch().items()}
     return model.to(device), batch
 
 
+def dawdle(device):
+    """Sleep much longer than starting a thread takes on busy cores, or launching a step's kernels."""
+    if device.type == "cuda":
+        torch.cuda._sleep(10_000_000)  # cycles of the device, which does nothing meanwhile
+    else:
+        time.sleep(0.03)
+
+
 class Slow(torch.autograd.Function):
-    """Takes its time in both directions: far longer than a thread takes to start, also where the cores are busy."""
+    """Takes time in the forward and in the backward pass."""
 
     @staticmethod
     def forward(ctx, x):
-        time.sleep(0.03)
+        dawdle(x.device)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx, grad):
-        time.sleep(0.03)
+        dawdle(grad.device)
         return grad
 
 
@@ -151,6 +159,7 @@ def test_streams_hide_rebuilding_without_host_synchronisation(family, bf16):
     device = torch.device("cuda", 0)
     with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
         model, batch = model_and_batch(family, "pareprop", device)
+        slow_down(model)
         model(**batch).loss.backward()
         loss = model(**batch).loss
         with never_waiting():

@@ -1,4 +1,4 @@
-"""Random numbers: the stream that plain training sees, and nothing else."""
+"""Random numbers are exactly those that plain training draws."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def new_context():
 
 
 def test_a_replay_draws_the_same_numbers():
-    """From the state before the step, and leaves the generator as it found it."""
+    """It starts from the generator's state before the step, and leaves the generator as it found it."""
     context, before = new_context(), torch.get_rng_state()
     drawn = context.record(lambda: torch.rand(3))
     torch.rand(5)

@@ -1,4 +1,4 @@
-"""Results of linear layers that a rebuild takes from the forward pass: the same gradients, and they are not computed again."""
+"""Rebuilds use results of linear layers from the forward pass: gradients are the same, and nothing is computed again."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ DEPTH = 4
 
 
 class Fixed(Retention):
-    """Every forward pass keeps the graphs of so many layers, and the results of linear layers of so many below them."""
+    """Every forward pass keeps the graphs of a fixed number of layers, and below them results of linear layers of some more."""
 
     def __init__(self, graphs, linears):
         super().__init__()
@@ -29,7 +29,7 @@ def keep(model, graphs, linears):
 
 
 class Counting(TorchDispatchMode):
-    """How often each operator runs."""
+    """Counts how often each operator runs."""
 
     def __init__(self):
         super().__init__()
@@ -63,7 +63,7 @@ def test_gradients_are_the_same(family, lane, precision, dropout, beta, kept):
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_layer_computes_one_product_less(family, autocast):
-    """Of the products with a bias, the one at the end of the MLP; its graph has the same products backwards."""
+    """The product with a bias at the end of the MLP is not computed. Its graph has the same products in the backward pass."""
     model, counts = family.build(DEPTH, 0.1, beta=0.5), []
     for linears in (0, 3):
         keep(model, 0, linears)
@@ -88,7 +88,7 @@ def test_backward_twice_through_a_retained_graph(family, lane):
 
 
 def test_low_rank_adapters_of_the_kept_product(family):
-    """What an adapter wraps is not computed again, nor its own product to a low rank, of which a layer has two."""
+    """Neither the layer that an adapter wraps nor the adapter's product to a low rank is computed again."""
     peft = pytest.importorskip("peft")
     model = family.build(DEPTH, beta=0.5)
     if not any(name.endswith("output.dense") for name, _ in model.named_modules()):
@@ -133,13 +133,13 @@ def test_of_any_shape(shape, bias):
 
 
 def test_computed_again_where_pytorch_takes_another_operator():
-    """A batch that is not contiguous: a product, and the bias added to it, which must not be added twice."""
+    """For a batch that is not contiguous PyTorch adds the bias separately. It must not be added twice."""
     run_twice(Linear(6, 4), torch.randn(5, 2, 6).transpose(0, 1))
     run_twice(Linear(6, 4, bias=False), torch.randn(5, 2, 6).transpose(0, 1))
 
 
 def test_kept_only_where_it_narrows_and_where_a_step_keeps_results():
-    """Whatever module computes it, with arguments by position or by name."""
+    """This holds for any module, and for arguments by position or by name."""
     linears, x = SavedLinears(), torch.randn(5, 6)
     with linears.keeping():
         Linear(6, 6)(x)
@@ -182,7 +182,7 @@ def test_a_layer_that_did_not_run_before_is_noticed():
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("beta", [1.0, 1 / 32])
 def test_cuda_gradients_are_the_same(family, beta, autocast, dropout):
-    """Several times: what is freed on one stream while another reads it would not show every time."""
+    """Several runs, because memory that is freed while another stream reads it would not always show."""
     model = family.build(5, dropout, beta=beta).cuda()
     batch = {name: tensor.cuda() for name, tensor in family.batch().items()}
     torch.backends.cuda.matmul.allow_tf32 = False

@@ -61,7 +61,7 @@ def test_two_models_interleaved(engine):
 
 
 def test_autograd_grad_of_a_few_parameters(family, engine):
-    """Only the upper layers are differentiated: what was begun for the layer below must not disturb the next step."""
+    """Gradients of the upper layers only: the rebuild that was begun for the layer below must not disturb the next step."""
     model, batch = family.build(4, 0.1, beta=0.5), family.batch()
     wanted = [p for linear in linears(model.encoder_layers[2])[-3:] for p in linear.parameters()]
     found = []
@@ -102,7 +102,7 @@ class SideBits(Observer):
 
 @pytest.mark.parametrize("side_bits", [1, 4, 5, 8])
 def test_side_bits_live_from_the_forward_to_their_step(family, engine, side_bits):
-    """So many bits per element and step, freed as steps are undone: unless the graph is retained."""
+    """They are freed as steps are undone, unless the graph is retained."""
     model, batch, observer = family.build(2, beta=2**-side_bits), family.batch(), SideBits()
     sizes = []  # of every step
 
@@ -178,7 +178,7 @@ class Trouble(Exception):
 
 
 def test_an_exception_in_the_middle_of_a_backward(family, engine):
-    """The step after it is a good one, and random numbers go on where they were."""
+    """The next step is right, and the stream of random numbers goes on where it was."""
     model, batch = family.build(4, 0.1, beta=0.5), family.batch()
     reference = step(model, batch, "autograd")
 
@@ -231,7 +231,7 @@ def test_eval_and_no_grad_between_forward_and_backward(family, engine):
 
 
 def test_evaluation_agrees_with_and_without_gradients(family, engine):
-    # PyTorch takes another SDPA kernel where a mask needs a gradient, as the bias of a Swin does.
+    # PyTorch takes another SDPA kernel if a mask needs a gradient, like the bias of a Swin.
     options = {"attn_implementation": "eager"} if family.row.name == "swin" else {}
     model, batch = family.build(3, 0.1, beta=0.5, **options).eval(), family.batch()
     model.set_backward_engine(engine)
@@ -256,7 +256,7 @@ def test_create_graph_works_with_autograd(family):
 
 
 def test_a_modified_parameter_is_noticed(family, engine):
-    """As in plain autograd: the optimizer may not step between a forward and its backward."""
+    """The optimizer may not step between a forward pass and its backward pass, as in plain autograd."""
     model = family.build(2, beta=0.5)
     (loss,) = losses_in(model, engine, family.batch())
     with torch.no_grad():
@@ -343,9 +343,9 @@ class Kept(Observer):
 
 
 def test_nothing_outlives_the_graph(family, engine):
-    """All is freed with its graph, by reference counting alone: garbage collection comes too late for memory.
+    """Everything is freed with its graph, by reference counting alone: garbage collection would come too late.
 
-    The observer of a forward pass is held by what the pass leaves for its backward, and is freed with that.
+    The observer of a forward pass is held by what the pass leaves for its backward pass, and is freed with it.
     """
     model, batch, observer = family.build(3, 0.1, beta=0.5), family.batch(), Kept()
     gc.disable()
@@ -380,7 +380,7 @@ def test_parameters_of_a_data_parallel_replica(family):
 @pytest.mark.parametrize("engine", ["reprop", "pareprop"])
 @pytest.mark.parametrize("change", [1.0, 1.5])
 def test_states_that_something_casts(family, change, engine):
-    """As FSDP2 does in mixed precision: layers read the state that was returned; if it is changed as well, the changed one."""
+    """FSDP2 casts states in mixed precision. Layers read the state before the cast, unless it was changed as well."""
     model, batch = family.build(4, beta=0.5), family.batch()
     plain = step(model, batch, "autograd")
 

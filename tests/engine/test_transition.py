@@ -1,4 +1,4 @@
-"""Layers that change the shape of the hidden state: run again in the backward pass, with the same gradients or an error."""
+"""Layers that change the shape of the hidden state run again in the backward pass, with the same gradients or an error."""
 
 from itertools import pairwise
 
@@ -20,7 +20,7 @@ BETAS = [1.0, 0.5, 1 / 32, [0, 1, 0.5, 0.5, 0.5, 1, 1], [1, 1, 0, 1, 1, 0.5, 0.5
 
 
 class Block(nn.Module):
-    """Two steps of width `before`; with another width `after` it pools tokens in pairs, so that it is a transition."""
+    """Two steps of width `before`. If `after` is another width, it also pools tokens in pairs and is a transition."""
 
     def __init__(self, before, after, dropout):
         super().__init__()
@@ -99,7 +99,7 @@ def test_gradients(engine, beta, dropout, autocast, every_stage, lane):
 
 
 def test_what_is_stored():
-    """The hidden state that a transition reads, instead of its activations; at beta 0 it stores those."""
+    """The hidden state that a transition reads is stored, and not its activations. At beta 0 activations are stored."""
 
     def saved(engine, beta):
         model = Pyramid(beta=beta)

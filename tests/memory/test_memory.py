@@ -1,4 +1,4 @@
-"""Activation memory does not grow with depth, wherever in the model the depth is."""
+"""Activation memory does not grow with depth, in any stage of the model."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ DEPTH, ADDED = 2, 4
 
 
 def peak(family, depths, **fields) -> int:
-    """Of a training step, on top of weights and gradients, in bytes."""
+    """The peak of a training step in bytes, on top of weights and gradients."""
     shape = family.row.small._replace(width=2 * family.row.small.width, depths=depths)
     given = {**family.row.small_fields, **family.row.shape_fields(shape), **family.row.dropout_fields(0.1)}
     model = family.model(family.config(**given, **fields)).train()
@@ -30,7 +30,7 @@ def peak(family, depths, **fields) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("name, stage", STAGES)
 def test_memory_per_added_layer(name, stage):
-    """At most 3 % of what plain training (which beta 0 is) stores for it, in every stage, with both engines."""
+    """An added layer takes at most 3 % of what plain training (beta 0) stores for it, in every stage, with both engines."""
     family = FAMILIES[name]
     few = [DEPTH] * (2 if family.row.staged else 1)
     many = [depth + ADDED * (i == stage) for i, depth in enumerate(few)]

@@ -69,7 +69,7 @@ def test_frozen_layers_and_two_forwards_before_a_backward(family):
 
 
 class Noting(Retention):
-    """Remembers what it planned."""
+    """Remembers the plans that it made."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -81,14 +81,14 @@ class Noting(Retention):
 
 
 def noting(model, budget):
-    """Give ``model`` a budget, and return what remembers the plans."""
+    """Give ``model`` a budget. Returns an object that remembers the plans."""
     base = model.base_model
     base.retention = Noting(budget, base.layer_parameters, base.logits_per_state)
     return base.retention
 
 
 def amount(size):
-    """A budget of so many bytes; dividing by a power of two loses none."""
+    """A budget of a number of bytes, written so that none is lost to rounding."""
     return f"{size / 1024}KB"
 
 
@@ -113,13 +113,13 @@ def kept_bytes(model, batch):
 
 
 def size_of_a_layer(model):
-    """What a layer keeps, measured for the one shape so far: of the last stage, all of whose layers are reversible."""
+    """What a layer of the last stage keeps, for the only shape that was measured. All layers of that stage are reversible."""
     (sizes,) = model.base_model.retention.measured.values()
     return sizes[max(sizes)[0], False]
 
 
 def test_a_layer_is_measured_as_what_it_keeps(family):
-    """What one more kept layer adds to all that is saved, and not to what the hooks of others see."""
+    """The measured size is what one more kept layer adds to all that is saved. Other hooks do not see the measurement."""
     model, batch = family.build(DEPTH, 0.1, beta=0.5, one_stage=True), resized(family.batch(), 24)
     model.set_memory_budget(PLENTY)
     model(**batch)
@@ -134,7 +134,7 @@ def test_a_layer_is_measured_as_what_it_keeps(family):
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("family_name", FAMILIES)
 def test_prediction_of_memory_is_within_ten_per_cent(family_name, bf16):
-    """Of the planner, against the accounting of a whole step, where activations matter."""
+    """The plan is compared with the accounting of a whole step, at sizes where activations matter."""
     family = FAMILIES[family_name]
     if family.row.staged:
         pytest.skip("the peak lies in the first stage, whatever the last layers keep")
@@ -187,7 +187,7 @@ def test_bytes(family, rebuilt):
     ],
 )
 def test_sharing_out(allowance, kept):
-    """Within the allowance, and it says how much that is."""
+    """The plan stays within the allowance, and says how many bytes it takes."""
     plan = share_out(allowance, [Sizes(graph=100, linears=10)] * 4)
     assert (plan.graphs, plan.linears) == kept
     assert plan.bytes == 100 * kept[0] + 10 * kept[1] <= max(0, allowance)
@@ -199,7 +199,7 @@ def test_sharing_out_without_narrowing_layers(allowance, kept):
 
 
 def test_sharing_out_layers_that_keep_different_amounts():
-    """As where stages differ; one that was not measured, and all below it, keep nothing."""
+    """Stages may differ. A layer that was not measured, and all layers below it, keep nothing."""
     layers = [Sizes(graph=400, linears=40), Sizes(graph=100, linears=10), Sizes(graph=50, linears=5)]
     assert share_out(54, layers)[:2] == (0, 2)
     assert share_out(55, layers)[:2] == (0, 3)
@@ -225,7 +225,7 @@ def test_results_of_linear_layers_are_measured_and_kept_by_a_budget(family):
 
 
 def test_other_shapes(family, rebuilt):
-    """By what a layer kept per element at first, then as measured; small batches keep more layers."""
+    """At first by what a layer kept per element of another shape, then as measured. Small batches keep more layers."""
     if family.row.staged:
         pytest.skip("relative positions take memory that does not grow with the batch")
     model, batch = without_narrowing(family), family.batch()
@@ -241,7 +241,7 @@ def test_other_shapes(family, rebuilt):
 
 
 def test_free_memory(family, rebuilt, monkeypatch):
-    """Looked at in the third step; what the first two had at their peak besides is scaled up for larger batches."""
+    """It is read in the third step. What the first two steps needed at their peak is scaled up for larger batches."""
     model, batch = without_narrowing(family), family.batch()
     model.set_memory_budget(PLENTY)
     model(**resized(batch, 8))
@@ -277,7 +277,7 @@ def out_of_memory(module, args):
 
 
 def test_out_of_memory_is_survived(family, rebuilt):
-    """In the forward pass of the third layer, once: half as many layers keep their graphs from then on."""
+    """Memory runs out once, in the third layer's forward pass. After that, half as many layers keep their graphs."""
     model, batch = without_narrowing(family, 0.1), family.batch()
     model.set_memory_budget(PLENTY)
     layers_kept(model, batch, rebuilt)
@@ -301,7 +301,7 @@ def test_out_of_memory_with_nothing_kept_is_an_error(family):
 
 
 def test_nothing_is_kept_without_gradients(family):
-    """Nor is a step without them one of those after which memory is looked at."""
+    """A step without gradients does not count as one of the steps before free memory is read either."""
     model, batch = family.build(DEPTH, beta=0.5), family.batch()
     planned = noting(model, "auto").planned
     with torch.no_grad():
@@ -332,7 +332,7 @@ def test_it_travels_with_the_configuration_and_not_into_the_stock_one(tmp_path):
 
 
 def test_callback(tmp_path, rebuilt):
-    """Trainer's side of it: nothing in the model's code or checkpoint."""
+    """The callback of Trainer changes nothing in the model's code or checkpoint."""
     family = FAMILIES["vit"]
     model, batch = family.build(DEPTH, 0.1, beta=0.5), family.batch()
     rows = [{name: tensor[i] for name, tensor in batch.items()} for i in range(3)] * 4
@@ -347,7 +347,7 @@ def test_callback(tmp_path, rebuilt):
     [(PLENTY, "4 of 4 layers", True), ("gradients", " of 4 layers", True), ("3 layers", "3 of 4 layers", False)],
 )
 def test_callback_tells(budget, kept, predicts, tmp_path, monkeypatch):
-    """Once as soon as it is known, and at the end: what is kept, the peak, and what plain training would need."""
+    """It tells what is kept, the peak, and what plain training would need: as soon as that is known, and at the end."""
     family, said = FAMILIES["vit"], []
     monkeypatch.setattr(callbacks.logger, "info", said.append)
     model, batch = family.build(DEPTH, beta=0.5), family.batch()
@@ -366,7 +366,7 @@ def gradient_bytes(model):
 
 
 def test_gradients_that_are_there_already_leave_nothing(family):
-    """Of the second step on in gradient accumulation: what is kept would come on top of the peak."""
+    """From the second batch of accumulated gradients on, what is kept would raise the peak."""
     of_many_parameters(family)
     model, batch = family.build(DEPTH), resized(family.batch(), 1)
     planned = noting(model, "gradients").planned
@@ -434,11 +434,11 @@ def test_forward_passes_share_what_gradients_take(family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bf16, beta", [(False, 1.0), (True, 1 / 32)])
+@pytest.mark.parametrize("bf16, beta", [pytest.param(False, 1.0, marks=pytest.mark.every_case), (True, 1 / 32)])
 @pytest.mark.parametrize("engine", ["reprop", "pareprop"])
 @pytest.mark.parametrize("family_name", FAMILIES)
 def test_the_peak_does_not_move(family_name, engine, bf16, beta):
-    """By the accounting, over sizes of batch at which all layers, some, and hardly any keep something."""
+    """According to the accounting, for batch sizes at which all layers, some, and hardly any keep something."""
     family = FAMILIES[family_name]
     if family.row.staged and engine == "pareprop":
         pytest.skip("one engine of a family with stages, as it takes a quarter of a minute")
@@ -462,7 +462,7 @@ def test_the_peak_does_not_move(family_name, engine, bf16, beta):
 @pytest.mark.parametrize("size", [1, 4, 32])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_peak_does_not_move_where_the_head_makes_it(size, bf16):
-    """With a large vocabulary it lies in the logits, while all that was kept is in memory."""
+    """With a large vocabulary the peak is at the logits, while everything that was kept is in memory."""
     family = FAMILIES["roberta"]
     fields = family.config_fields(8, 0.1, wider=3, mlp_ratio=4)
     subject = Subject(hp.RevRobertaForMaskedLM, family.config(**fields | {"vocab_size": 5000}))
@@ -497,7 +497,7 @@ def test_copies_measure_for_themselves(family, rebuilt):
 @pytest.mark.cuda
 @pytest.mark.parametrize("family_name", FAMILIES)
 def test_auto_on_cuda(family_name, rebuilt):
-    """Everything is kept where there is plenty of room, and less under a cap; the gradients stay the same."""
+    """Everything is kept if there is enough memory, and less under a cap. The gradients stay the same."""
     family, device = FAMILIES[family_name], torch.device("cuda", 0)
     model = family.build(DEPTH, 0.1, beta=0.5).to(device)
     batch = {name: tensor.to(device) for name, tensor in family.batch().items()}

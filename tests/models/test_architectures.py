@@ -1,4 +1,4 @@
-"""Every stock architecture and head that converts: what stock transformers wrote, at beta = 0 and back."""
+"""Every stock architecture and head that can be converted: compare with the stock model at beta = 0, and convert back."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def stock(name, **fields):
     cls = getattr(transformers, name)
     model = cls(cls.config_class(**fields)).eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # biases and tokens are born zero, which would hide a wrong name
+        for parameter in model.parameters():  # initial biases and tokens are zeros, which hide a wrong name
             parameter.add_(0.05 * torch.randn_like(parameter))
     model.tie_weights()
     return model
@@ -42,7 +42,7 @@ def batch_for(name):
 
 
 def assert_same_function(model, converted, batch):
-    """Bit-equal outputs, but for those of padding, which BERT gives positions."""
+    """Assert bit-equal outputs, except at padding, which has positions in BERT."""
     with torch.no_grad():
         expected, found = model(**batch), converted(**batch)
     assert list(expected) == list(found)
@@ -158,3 +158,18 @@ def test_the_readme_lists_what_converts():
     for model_type, architecture in ARCHITECTURES.items():
         library = architecture.library
         assert (f"{library.name}'s `{model_type}" if library else f"`{model_type}`") in readme
+
+
+OTHER_ORDER = {"bert", "xlm-roberta", "camembert"}
+"""Models that are converted to RoBERTa's form. Their stock classes have the position table or the head at another place."""
+
+
+@pytest.mark.parametrize("name", [n for n, (a, _) in STOCK_CLASSES.items() if a.model_type not in OTHER_ORDER])
+def test_the_order_of_parameters(name):
+    """It is that of the stock model, so that the state of an optimizer fits both."""
+    model = stock(name)
+    with torch.no_grad():
+        for i, parameter in enumerate(model.parameters()):
+            parameter.fill_(i)
+    found = [parameter.flatten()[0].item() for parameter in hp.to_reversible(model).parameters()]
+    assert found == list(range(len(found)))

@@ -38,7 +38,7 @@ def timm():
 
 @pytest.fixture(scope="module")
 def hub(timm, tmp_path_factory):
-    """A small checkpoint as the Hub holds those of timm, and the model that is in it."""
+    """A small checkpoint in the form that timm's have on the Hub, and its model."""
     from timm.models._hub import save_for_hf
 
     torch.manual_seed(0)
@@ -256,7 +256,9 @@ def test_a_model_in_the_wrapper_there_and_back(wrapper, head):
 
 def test_only_the_familys_models_in_the_wrapper_have_a_twin(wrapper):
     stock = wrapper.TimmWrapperForImageClassification(TimmWrapperConfig(architecture="resnet18"))
-    with pytest.raises(ValueError, match="'resnet18', which has no reversible twin: of timm's models MViTv2 has one"):
+    with pytest.raises(
+        ValueError, match="'resnet18', which has no reversible twin: of timm's models only MViTv2 has one"
+    ):
         hp.to_reversible(stock)
 
 
@@ -413,7 +415,7 @@ def test_images_of_another_size_are_refused():
 def test_drop_path_rates_do_not_depend_on_the_dtype(tmp_path):
     build(drop_path_rate=0.3).save_pretrained(tmp_path)
     half = hp.RevMViTForImageClassification.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    rates = [layer.drop_path_rate for layer in half.encoder_layers]
+    rates = [layer.drop_path.drop_prob for layer in half.encoder_layers]
     assert rates == torch.linspace(0, 0.3, 5).tolist() and half.dtype == torch.bfloat16
 
 

@@ -1,4 +1,4 @@
-"""Options are checked where they are given, and say what they could be."""
+"""Options are checked where they are given, and errors say which values are allowed."""
 
 import logging
 from functools import cache
@@ -52,12 +52,14 @@ WRONG = [
     ("grid_bits", 0),
     ("grid_bits", 23),
     ("stock_model_type", "gpt2"),
+    ("steps", "block"),
+    ("steps", 1),
 ]
 
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory):
-    """From the name of a family to the folder of a stock checkpoint."""
+    """Maps the name of a family to the folder of a stock checkpoint."""
 
     @cache
     def folder(name):
@@ -90,7 +92,7 @@ def test_what_budgets_say():
 @pytest.mark.parametrize("field, value", WRONG)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_where_a_wrong_option_is_refused(name, stock, field, value):
-    """In a configuration, in `from_pretrained`, by the setter, and in a model of a configuration that was changed."""
+    """In the configuration, in `from_pretrained`, by the setter, and when a model is made of a changed configuration."""
     family = FAMILIES[name]
     given = {"beta": 0.5, field: value}
     with pytest.raises(ValueError, match=f"{field}=|beta has 1 entries"):
@@ -147,6 +149,21 @@ def test_one_default_of_beta_for_weights_of_a_stock_model(name, stock):
     assert family.config(**family.config_fields(2, 0.0)).beta == 1
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_default_of_beta_for_whole_layers(name, stock):
+    family = FAMILIES[name]
+    assert family.config(**family.config_fields(2, 0.0), steps="layer").beta == 1
+    whole = hp.to_reversible(family.build_stock(2), steps="layer")
+    assert (whole.config.steps, whole.config.beta) == ("layer", 1 / 128)
+    for again in (hp.to_reversible(whole), hp.to_reversible(str(stock(name)), steps="layer")):
+        assert (again.config.steps, again.config.beta) == ("layer", 1 / 128)
+    assert hp.to_reversible(whole, steps="sublayer").config.beta == 1 / 32
+    loaded = family.model.from_pretrained(stock(name), steps="layer")
+    assert (loaded.config.steps, loaded.config.beta) == ("layer", 1 / 128)
+    chosen = family.model.from_pretrained(stock(name), steps="layer", beta=0.5)
+    assert (chosen.config.steps, chosen.config.beta) == ("layer", 0.5)
+
+
 def test_no_grid_needs_the_autograd_engine(family):
     model = family.build(2, beta=0.5, grid_bits=None)
     with pytest.raises(RuntimeError, match="grid_bits=None leaves states floats.*set_backward_engine"):
@@ -160,7 +177,7 @@ def test_no_grid_needs_the_autograd_engine(family):
 
 @pytest.mark.parametrize("beta, conventional", [(0.5, 0), (0, 3), ([0.5, 0, 1], 1)], ids=str)
 def test_gradient_checkpointing(family, beta, conventional, caplog):
-    """It does nothing to reversible layers, and is honoured by conventional ones; the gradients are the same."""
+    """It does nothing to reversible layers. Conventional layers use it, and the gradients are the same."""
     model, batch = family.build(3, 0.1, beta=beta), family.batch()
     reference = step(model, batch, "reprop")[1]
     runs = []

@@ -121,7 +121,7 @@ def test_there_and_back_is_the_identity(head):
 
 
 def test_the_default_beta_is_announced(tmp_path, caplog):
-    """Loading a stock checkpoint changes what it computes, so it says so, unless beta was chosen."""
+    """Loading a stock checkpoint changes its outputs, so there is a warning, unless beta was given."""
     stock("ViTModel").save_pretrained(tmp_path)
     hp.RevViTModel.from_pretrained(tmp_path, beta=0.5)
     assert "beta" not in caplog.text
@@ -248,7 +248,7 @@ ENGINES = ["reprop", "pareprop"]
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("beta", [1.0, 0.5, 1 / 256, [0.5, 0, 1.0], [0, 1.0, 1.0]])
 def test_hidden_states_in_training(family, beta, engine, rebuilt):
-    """Every layer is rebuilt; they are those of the engine that stores activations, and so are the gradients through them."""
+    """Every layer is rebuilt. The hidden states and their gradients are those of the `autograd` engine."""
     model, batch = family.build(3, 0.1, beta=beta), family.batch()
     plain, found = step(model, batch, "autograd"), []
     for name in ("autograd", engine):
@@ -270,7 +270,7 @@ def test_hidden_states_in_training(family, beta, engine, rebuilt):
 
 @pytest.mark.parametrize("beta", [1.0, 0.5, 1 / 256])
 def test_a_conventional_layer_reads_the_merged_hidden_state(family, beta):
-    """The hidden state that is handed out after a reversible layer, to which the stock layer is applied."""
+    """It is the stock layer, applied to the hidden state that the reversible layer before it returned."""
     model = family.build(4, beta=[0, beta, 0, beta]).eval()
     batch = {name: tensor for name, tensor in family.batch().items() if name in ("input_ids", "pixel_values")}
     if family.row.staged:
@@ -286,7 +286,7 @@ def test_a_conventional_layer_reads_the_merged_hidden_state(family, beta):
 
 @pytest.fixture
 def told(caplog):
-    """What is logged from here on, also what is logged once and was before."""
+    """Records what is logged from here on, including messages that are logged only once and were logged before."""
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_info()
     logging.info_once.cache_clear(), logging.warning_once.cache_clear()
@@ -297,7 +297,7 @@ def told(caplog):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_attention_maps_take_stored_activations(family, engine, rebuilt, told):
-    """They are made within layers: with them the engine falls back, and says so."""
+    """Attention maps are made inside layers, so the engine falls back to `autograd`, and says so."""
     model, batch = family.build(3, 0.1, beta=0.5, attn_implementation="eager"), family.batch()
     reference = step(model, batch, "autograd")
     again = step(model, {**batch, "output_attentions": True}, engine)
@@ -311,7 +311,7 @@ def test_attention_maps_take_stored_activations(family, engine, rebuilt, told):
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("beta", [0.5, [0.5, 0, 1.0], 0])
 def test_activation_checkpointing(family, beta, reentrant, engine, rebuilt, told):
-    """Conventional layers honour it, once more in the backward pass; reversible ones are rebuilt as ever, and that is said."""
+    """Conventional layers run once more in the backward pass. Reversible layers are rebuilt as always, and a message says so."""
     model, batch = family.build(3, 0.1, beta=beta), family.batch()
     calls = [0, 0, 0]
     for i, layer in enumerate(model.encoder_layers):
@@ -341,7 +341,7 @@ def test_activation_checkpointing(family, beta, reentrant, engine, rebuilt, told
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("beta", [1.0, 1 / 32, [0.5, 0, 1.0]])
 def test_a_mask_that_needs_a_gradient_gets_one(beta, attention, engine, rebuilt):
-    """And every layer is rebuilt."""
+    """Every layer is rebuilt all the same."""
     family = FAMILIES["roberta"]
     model, batch = family.build(3, 0.1, beta=beta, attn_implementation=attention), family.batch()
     found = []
@@ -467,10 +467,3 @@ def test_models_in_other_modules(wrap, way):
         hp.to_reversible({})
     with pytest.raises(ValueError, match="is not a reversible model: convert it"):
         hp.verify(family.build_stock(1), family.batch())
-
-
-def test_the_order_of_vits_parameters():
-    """That of the stock model, so that the state of an optimizer fits both."""
-    family = FAMILIES["vit"]
-    shapes = [[tuple(p.shape) for p in model.parameters()] for model in (family.build_stock(2), family.build(2))]
-    assert shapes[0] == shapes[1]

@@ -1,4 +1,4 @@
-"""RevSwin against the stock model: what it computes, what it accepts, and what one image leaves behind for the next."""
+"""Compare RevSwin with the stock model: what it computes, which inputs it accepts, and that images are independent."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ SIZES = [(24, 24), (30, 22), (12, 40)]
 
 
 def stock(head="ForImageClassification", **fields):
-    """A stock model with weights that no symmetry hides."""
+    """A stock model with weights in which no symmetry hides errors."""
     torch.manual_seed(0)
     model = getattr(transformers, f"Swin{head}")(transformers.SwinConfig(**{**FIELDS, **fields})).train()
     with torch.no_grad():
@@ -29,7 +29,7 @@ def images(size, count=4):
 
 
 def loss_of(model, size, autocast=False):
-    """Of what the head and every stage compute."""
+    """A loss on the outputs of the head and of every stage."""
     model.zero_grad()
     torch.manual_seed(2)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -101,7 +101,7 @@ def test_every_head_reads_stock_checkpoints_and_returns_what_the_stock_one_does(
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_gradients_with_a_loss_on_every_stage(beta, attention, size, autocast):
-    """`beta` counts the layers of all stages."""
+    """A list `beta` counts the layers of all stages."""
     model = hp.to_reversible(stock(drop_path_rate=0.4, attn_implementation=attention), beta=beta)
     found = {}
     for engine in ("autograd", "reprop", "pareprop"):
@@ -112,7 +112,7 @@ def test_gradients_with_a_loss_on_every_stage(beta, attention, size, autocast):
 
 
 def test_an_image_leaves_nothing_behind():
-    """In the stock model, one as small as a window shrinks windows and turns shifts off for good."""
+    """In the stock model an image as small as a window permanently shrinks windows and turns shifts off."""
     model = hp.to_reversible(stock()).eval()
     with torch.no_grad():
         before = model(images((24, 24))).logits

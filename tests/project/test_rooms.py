@@ -10,7 +10,7 @@ PRIVATE = ("torch._C", "torch._subclasses", "torch.utils._python_dispatch", "._c
 
 
 def imports_of(path: Path) -> set[str]:
-    """Siblings that a file imports when it is imported itself, so not for type checkers alone."""
+    """The siblings that a file imports at run time, without imports for type checkers."""
     found: set[str] = set()
 
     def visit(nodes):

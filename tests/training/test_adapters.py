@@ -47,6 +47,17 @@ def test_an_adapter_reloads_onto_a_model_with_the_same_beta(checkpoint, tmp_path
         PeftModel.from_pretrained(reversible(checkpoint, 1 / 32), tmp_path / "adapter")
 
 
+def test_an_adapter_remembers_what_was_coupled(checkpoint, tmp_path):
+    """At the same beta a model with whole layers as steps is another model."""
+    whole = hp.RevRobertaForSequenceClassification.from_pretrained(checkpoint, beta=BETA, steps="layer")
+    model = get_peft_model(whole, LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="trained at beta=0.25, steps='layer', and the model has beta=0.25: load it"):
+        PeftModel.from_pretrained(reversible(checkpoint, BETA), tmp_path / "adapter")
+    again = hp.RevRobertaForSequenceClassification.from_pretrained(checkpoint, beta=BETA, steps="layer")
+    PeftModel.from_pretrained(again, tmp_path / "adapter")
+
+
 def test_adapters_of_transformers(checkpoint, tmp_path):
     """`add_adapter`, and `save_pretrained` of the model, which then saves the adapter."""
     pytest.importorskip("peft", minversion="0.22", reason="transformers takes no older one")
@@ -61,7 +72,7 @@ def test_adapters_of_transformers(checkpoint, tmp_path):
 
 
 def test_beta_is_changed_in_training(checkpoint, tmp_path):
-    """The last one counts; a model may also be changed after loading."""
+    """The last beta is saved. A model may also be changed after loading."""
     model = trained(checkpoint, task_type="SEQ_CLS")
     model.get_base_model().set_beta(0.5)
     model.save_pretrained(tmp_path / "adapter")
@@ -72,7 +83,7 @@ def test_beta_is_changed_in_training(checkpoint, tmp_path):
 
 
 def test_an_adapter_without_a_task(checkpoint, tmp_path, monkeypatch):
-    """PEFT writes its own description of the base model then, so it is said what to remember."""
+    """Without a task type PEFT saves its own description of the base model, so a message says what to remember."""
     said = []
     monkeypatch.setattr(adapters.logger, "warning_once", said.append)
     trained(checkpoint).save_pretrained(tmp_path / "adapter")

@@ -11,7 +11,7 @@ import hf_pareprop as hp
 
 
 class Seen(TrainerCallback):
-    """The beta of every step."""
+    """Records the beta of every step."""
 
     def __init__(self):
         self.betas = []
@@ -39,7 +39,7 @@ def test_anneals_to_the_stock_model(family, tmp_path):
 
 @pytest.mark.slow
 def test_every_stage_is_exact(family, tmp_path):
-    """The losses and weights of the reference, which stores activations."""
+    """Losses and weights are those of the reference, which stores activations."""
     runs = [
         train(family, tmp_path, engine, model=build(family, [0.5, 1.0]), callbacks=[hp.BetaSchedule.anneal(0.2)])
         for engine in ("autograd", "pareprop")
@@ -74,7 +74,7 @@ def test_annealing_ends_at_the_stock_model_in_few_steps(steps, tmp_path):
 
 
 def test_resuming_a_schedule_that_grows(tmp_path):
-    """From the checkpoint's own model, whose betas are capped by the stage in which it was saved."""
+    """It resumes from the model in the checkpoint, whose betas are limited by the stage in which it was saved."""
     family, caps = FAMILIES["vit"], {0: 1 / 8, 0.25: 0.25, 0.5: 1.0}
     whole = train(family, tmp_path / "whole", model=build(family, [0.5, 1.0]), callbacks=[hp.BetaSchedule(caps)])
     train(family, tmp_path / "parts", model=build(family, [0.5, 1.0]), callbacks=[hp.BetaSchedule(caps)], stop=2)
@@ -101,7 +101,7 @@ def test_an_adapter_around_the_model(tmp_path):
 
 
 def test_set_beta(family):
-    """The same gradients as a model built with it."""
+    """The gradients are those of a model that was built with this beta."""
     batch, model = family.batch(), family.build(3, beta=1.0)
     model.set_beta([0.5, 0, 0.25])
     assert model.config.beta == [0.5, 0, 0.25]

@@ -14,7 +14,7 @@ class Samples(Dataset):
     """Random sentences or images, the same for every run.
 
     Args:
-        label: makes the label of a row, given its own random numbers.
+        label: a function that makes the label of a row from a random number generator.
     """
 
     def __init__(self, family, size=24, label=None):
@@ -39,7 +39,7 @@ class Samples(Dataset):
 
 
 class Stop(TrainerCallback):
-    """Stops training in the middle of an epoch, after saving, as a lost machine would."""
+    """Stops training in the middle of an epoch after saving, as if the machine were lost."""
 
     def __init__(self, step):
         self.step = step
@@ -56,7 +56,7 @@ DEFAULTS |= dict(save_strategy="no", report_to="none", disable_tqdm=True, use_cp
 def train(
     family, folder, engine="pareprop", model=None, stop=None, resume=None, callbacks=(), label=None, **arguments
 ):
-    """Losses by step, and the trained parameters."""
+    """The losses of all steps, and the trained parameters."""
     model = model or family.build(2, 0.1, beta=0.5)
     if hasattr(model, "set_backward_engine"):
         model.set_backward_engine(engine)
@@ -90,7 +90,7 @@ def test_same_training_as_with_autograd(family, engine, setting, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", ["plain", "gradient accumulation", "bf16"])
 def test_resuming_in_the_middle_of_an_epoch(family, setting, tmp_path):
-    """Losses and weights equal the uninterrupted run's exactly; a checkpoint that loses weights would not."""
+    """Losses and weights are exactly those of an uninterrupted run. A checkpoint that lacks weights would change them."""
     arguments = SETTINGS[setting]
     expected = train(family, tmp_path / "whole", **arguments)
     stop = 2 if setting == "gradient accumulation" else 3
@@ -104,7 +104,7 @@ def test_resuming_in_the_middle_of_an_epoch(family, setting, tmp_path):
 
 
 def test_gradient_accumulation_is_the_large_batch(family, tmp_path):
-    """Trainer leaves averaging over the accumulated batches to the loss, which has to do it."""
+    """Trainer expects that the loss averages over the accumulated batches."""
     arguments = dict(num_train_epochs=1, learning_rate=1e-3)
     whole, parts = (
         train(family, tmp_path, model=family.build(2, 0.0, beta=0.5), **arguments, **sizes)
@@ -122,7 +122,7 @@ def test_gradient_accumulation_is_the_large_batch(family, tmp_path):
     "problem, num_labels", [("regression", 1), ("regression", 3), ("multi_label_classification", 3)]
 )
 def test_gradient_accumulation_of_other_problems(family, problem, num_labels, tmp_path):
-    """Their stock losses do not divide by the number of labels that Trainer gives, and are three times too large."""
+    """The stock losses of these problems ignore the number of labels from Trainer, and are three times too large."""
 
     def label(noise):
         return torch.rand(num_labels, generator=noise) if num_labels > 1 else torch.rand((), generator=noise)
