@@ -222,7 +222,7 @@ class ReversiblePreTrainedModel(PreTrainedModel):
             tape = self._new_tape(options)
             try:
                 output = forward(tape)
-                retention.watch(tape.trail, output if isinstance(output, Tensor) else output[0], tape.kept)
+                retention.watch(output if isinstance(output, Tensor) else output[0], tape.kept)
                 tape.end()
                 return output
             except torch.OutOfMemoryError:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .layer_call import Pair, RebuiltStep
+    from .chain import Pair, Rebuilt
 
 
 class Observer:
@@ -36,11 +36,11 @@ class Observer:
         """Within this context a step is run again, perhaps on another thread."""
         return nullcontext()
 
-    def step_rebuilt(self, position: int, step: int, rebuilt: "RebuiltStep") -> None:
+    def step_rebuilt(self, position: int, step: int, rebuilt: "Rebuilt") -> None:
         """A step was run again, perhaps on another thread."""
 
     def differentiating(self, position: int, step: int) -> AbstractContextManager[None]:
-        """Within this context the gradients of a step are computed."""
+        """Within this context autograd computes the gradients of a step: until it asks for another step, or the pass ends."""
         return nullcontext()
 
     def layer_rebuilt(self, position: int, pair: "Pair") -> None:

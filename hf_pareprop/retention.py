@@ -257,14 +257,15 @@ class Retention:
         sizes, kind = self._sizes.setdefault(kept.unmeasured, {}), _kind(call.plan)
         sizes[kind] = Sizes(meter.total, results, state.numel()).largest(sizes.get(kind, Sizes()))
 
-    def watch(self, forward: object, output: Tensor, kept: RetentionPlan) -> None:
-        """Reduce the budget of other forward passes until the backward pass of ``forward`` reaches ``output``."""
+    def watch(self, output: Tensor, kept: RetentionPlan) -> None:
+        """Reduce the budget of other forward passes until the backward pass of this one reaches its ``output``."""
         if self._budget.gradients:
-            self._watch(forward, output, kept)
+            self._watch(output, kept)
 
     @torch.compiler.disable  # compiled code would run the hook at another time
-    def _watch(self, forward: object, output: Tensor, kept: RetentionPlan) -> None:
+    def _watch(self, output: Tensor, kept: RetentionPlan) -> None:
         if kept.bytes and output.requires_grad:
+            forward = _Forward()
             self._waiting[forward] = kept.bytes
 
             def arrive(grad: Tensor) -> None:
@@ -286,6 +287,10 @@ class Retention:
         check_may_repeat(self._text)
         self._most = kept.bytes / 2
         return True
+
+
+class _Forward:
+    """A forward pass whose backward pass is still to come. It is freed with the graph."""
 
 
 def _kind(plan: LayerPlan) -> Kind:

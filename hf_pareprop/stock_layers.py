@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from .configuration_reversible import ReversibleConfig
 from .findings import Findings
-from .layer_call import Step
+from .layer_call import StepFunction
 from .modeling_reversible import ReversiblePreTrainedModel, requested
 from .plan import LayerPlan, converted_beta, plan_layers
 from .tape import Tape
@@ -108,7 +108,7 @@ class Running:
             rest[0] = others
             return hidden
 
-        def sub_blocks() -> Sequence[Step]:
+        def sub_blocks() -> Sequence[StepFunction]:
             def with_arguments(step: Callable[..., Any], state: Tensor, *tensors: Tensor) -> Any:
                 args, kwargs = put_together(structure, tensors)
                 return step(layer, state, dtype, *args, **kwargs)

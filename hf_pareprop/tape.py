@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -10,17 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .chain import Chain, State, advance_stored
 from .coupling import encode, merge_pair, poison, straight_through
-from .engine import Engine, Enter, Leave, RebuiltLayer, Trail
+from .engine import Engine
 from .findings import Findings
-from .hooks import is_observed, is_observed_inside
-from .layer_call import AUTOGRAD, Contents, LayerCall, State, Step, named_parameters_of, value_of
-from .memory_probe import SavedBytes
+from .layer_call import AUTOGRAD, LayerCall, StepFunction, named_parameters_of, run_steps
 from .observer import current_observer
 from .plan import LayerPlan
 from .retention import Retention, RetentionPlan
-from .torch_private import in_functorch, local_part, shares_memory, transforming, version_of
-from .transition import Transition, TransitionCall, run_steps
+from .torch_private import hook_tables, in_functorch, local_part, shares_memory, transforming, version_of
 
 Grid = tuple[int, int]
 """Rows and columns of patches."""
@@ -34,7 +32,7 @@ class Tape:
 
     A layer calls :meth:`layer` from its ``forward``, and layers are counted in the order of these calls. A tape belongs to
     one forward pass. So two forward passes before a backward pass, nested or interleaved models, and an evaluation in
-    between have a tape each. The autograd graph keeps the tape's :class:`~engine.Trail` alive, never the tape.
+    between have a tape each. The autograd graph keeps its chains alive (see :mod:`chain`), never the tape.
 
     Args:
         engine: one of :data:`~engine.ENGINES`.
@@ -66,8 +64,9 @@ class Tape:
         self.engine, self.plans, self.retention = engine, plans, retention or Retention()
         self.findings = findings or Findings()
         self.kept = RetentionPlan()
-        self.trail = Trail(engine, current_observer(), self.findings)
+        self._observer = current_observer()
         self._position = 0
+        self._chain: Chain | None = None  # of rebuilt steps that ends with the current pair
         self._plan: LayerPlan | None = None  # of the last layer in the open segment; None if no segment is open
         self._previous: State
         self._current: State
@@ -91,7 +90,7 @@ class Tape:
     def layer(
         self,
         module: nn.Module,
-        steps: Sequence[Step],
+        steps: Sequence[StepFunction],
         hidden: Tensor,
         inputs: tuple[Any, ...] = (),
         norm: nn.Module | None = None,
@@ -126,38 +125,37 @@ class Tape:
         return hidden
 
     def _run(
-        self, module: nn.Module, steps: Sequence[Step], hidden: Tensor, inputs: tuple[Any, ...], plan: LayerPlan
+        self,
+        module: nn.Module,
+        steps: Sequence[StepFunction],
+        hidden: Tensor,
+        inputs: tuple[Any, ...],
+        plan: LayerPlan,
     ) -> Tensor:
         if not plan.reversible:
             hidden = self._close(hidden, module, steps, inputs, plan)
             self._position += 1
             return hidden
         self._arrive(hidden, plan)
-        held = Contents(module)
-        call = LayerCall(module, steps, plan, self.dtype, inputs, held, self._current.bits.device)
+        call = LayerCall(module, steps, plan, self.dtype, inputs, self._position, self._current.bits.device)
         call.compiles = self.compiles and torch.is_grad_enabled() and not transforming()
-        if not self._may_rebuild(call, self._previous.needs_gradient or self._current.needs_gradient):
+        value = self._current.value
+        if not self._may_rebuild(call, value.requires_grad or self._previous.value.requires_grad):
             self._store(call)
-        elif self._keeps_graph(call):
-            self._know_both()  # before measuring: the pair is stored once, and must not be counted for every layer
-            with (
-                self.retention.measuring(self.kept, call, self._current.bits) as meter,
-                meter.counting() if meter else nullcontext(),
-            ):
-                self._store(call)
         else:
-            keeps_linears = self._layers_from_here <= self.kept.graphs + self.kept.linears
-            call.saves_linears = keeps_linears and not call.compiles  # compiled code has no linear layers to intercept
             with self.retention.measuring(self.kept, call, self._current.bits) as meter:
-                self._rebuild_later(call, meter)
+                if self._keeps_graph():
+                    with meter.counting() if meter else nullcontext():
+                        self._store(call)
+                else:
+                    call.meter = meter
+                    self._rebuild_later(call)
         self._position += 1
-        if is_observed(module):
-            # The hook may use this hidden state in a loss. So the pair is stored here, and the value is NaN already here if
-            # the states left their range.
-            self._know_both()
-            seen = value_of(self._current)
-            self._current = self._current._replace(value=seen + poison(self._peak).to(seen.dtype))
-        value = value_of(self._current)
+        if any(hook_tables([module])):
+            # A hook may use this hidden state in a loss. So the value is NaN already here if the states left their range.
+            value = self._current.value
+            self._current = self._current._replace(value=value + poison(self._peak).to(value.dtype))
+        value = self._current.value
         self._handed_out = version_of(value), value.requires_grad
         return value
 
@@ -166,10 +164,7 @@ class Tape:
         """The hidden state that a pair is merged to, in the compute dtype; NaN if the states left their range."""
         if self._plan is not None:
             self._arrive(hidden, self._plan)
-            handed_out = self._current.value  # the next layer still gets this one
-            self._know_both()
-            hidden = merge_pair(value_of(self._previous), value_of(self._current), self._plan.beta)
-            self._current = self._current._replace(value=handed_out)
+            hidden = merge_pair(self._previous.value, self._current.value, self._plan.beta)
             hidden = hidden + poison(self._peak).to(hidden.dtype)  # an addition leaves the gradients unchanged
         return hidden.to(self.dtype)
 
@@ -184,7 +179,7 @@ class Tape:
     def end(self) -> None:
         """After the last layer: report the states to the observer, and have a warning given if they left their range."""
         grid_bits = next((plan.grid_bits for plan in self.plans if plan.reversible), None)
-        self.trail.observer.forward_ends(self._peak.detach(), grid_bits)
+        self._observer.forward_ends(self._peak.detach(), grid_bits)
         if grid_bits is not None:
             self.findings.expect(self._peak, partial(_warn_of_range, grid_bits))
 
@@ -193,24 +188,23 @@ class Tape:
         opens, self._plan = self._plan is None, plan
         if not opens:
             self._check_shape(hidden)
-            if hidden.dtype != (handed := value_of(self._current)).dtype:
+            if hidden.dtype != (handed := self._current.value).dtype:
                 hidden = self._uncast(hidden, handed, plan)
             if self._is_unchanged(hidden):
-                self._current = self._current._replace(value=hidden, needs_gradient=hidden.requires_grad)
+                self._current = self._current._replace(value=hidden)
                 return
         bits, peak = encode(hidden.detach(), plan.grid_bits)
         self._peak = torch.maximum(self._peak.to(peak.device), peak)
         hidden = hidden.view_as(hidden)  # gradients from the chain are summed here, before gradients from elsewhere
 
         def through() -> State:
-            return State.of(bits, straight_through(bits, plan.grid_bits, self.dtype, (1.0, hidden)))
+            return State(bits, straight_through(bits, plan.grid_bits, self.dtype, (1.0, hidden)))
 
         if opens:
             self._previous = through()
         else:  # the hidden state was changed; the state before it is not
-            self._know_both()
             before = self._previous
-            self._previous = State.of(before.bits.to(bits.device), value_of(before).to(bits.device))
+            self._previous = State(before.bits.to(bits.device), before.value.to(bits.device))
         self._current = through()
 
     def _check_shape(self, hidden: Tensor) -> None:
@@ -218,7 +212,7 @@ class Tape:
         Raises:
             RuntimeError: the hidden state that a layer gets does not have the shape that the layer below returned.
         """
-        handed = value_of(self._current)
+        handed = self._current.value
         if hidden.shape != handed.shape:
             raise RuntimeError(
                 f"a layer got a hidden state of shape {tuple(hidden.shape)}, but the layer below returned {tuple(handed.shape)}: "
@@ -245,7 +239,7 @@ class Tape:
 
     def _is_unchanged(self, hidden: Tensor) -> bool:
         """Whether a layer gets what the layer below returned, or a view of it (FSDP2 makes a new tensor object)."""
-        handed = value_of(self._current)
+        handed = self._current.value
         same = hidden is handed or (shares_memory(hidden, handed) and _descends(hidden, handed))
         return same and (version_of(hidden), hidden.requires_grad) == self._handed_out
 
@@ -258,12 +252,17 @@ class Tape:
         needs_gradient = state_needs_gradient or any(source.requires_grad for source in call.sources)
         return self.engine.rebuilds and torch.is_grad_enabled() and needs_gradient
 
-    def _keeps_graph(self, call: LayerCall) -> bool:
-        """Whether a layer that could be rebuilt stores its activations: the budget says so, or hooks look inside it."""
-        return self._layers_from_here <= self.kept.graphs or is_observed_inside(call.held.modules)
+    def _keeps_graph(self) -> bool:
+        """Whether a layer that could be rebuilt stores its activations, because the budget says so."""
+        return self._layers_from_here <= self.kept.graphs
 
     def _close(
-        self, hidden: Tensor, module: nn.Module, steps: Sequence[Step], inputs: tuple[Any, ...], plan: LayerPlan
+        self,
+        hidden: Tensor,
+        module: nn.Module,
+        steps: Sequence[StepFunction],
+        inputs: tuple[Any, ...],
+        plan: LayerPlan,
     ) -> Tensor:
         """Run a layer that is not reversible. The segment ends before it; if it changes the shape, a new stage begins."""
         hidden = self.finish(hidden)
@@ -273,30 +272,31 @@ class Tape:
         hidden = hidden.view_as(hidden)  # gradients from the layer are summed here, before gradients from elsewhere
         if plan.stores_activations:
             return self.stage(_conventional(module, steps, hidden, *inputs))
-        call = TransitionCall(module, steps, plan, self.dtype, inputs, Contents(module), hidden.device)
+        call = LayerCall(module, steps, plan, self.dtype, inputs, self._position, hidden.device)
         if not self._may_rebuild(call, hidden.requires_grad):
             return self.stage(_conventional(module, steps, hidden, *inputs))
         with self.retention.measuring(self.kept, call, hidden) as meter:
-            if not self._keeps_graph(call):
-                return self.stage(self._run_again_later(call, hidden, meter))
-            with meter.counting() if meter else nullcontext():
-                return self.stage(_conventional(module, steps, hidden, *inputs))
+            if self._keeps_graph():
+                with meter.counting() if meter else nullcontext():
+                    return self.stage(_conventional(module, steps, hidden, *inputs))
+            call.meter = meter
+            return self.stage(self._run_again_later(call, hidden))
 
-    def _run_again_later(self, call: TransitionCall, hidden: Tensor, meter: SavedBytes | None) -> Tensor:
+    def _run_again_later(self, call: LayerCall, hidden: Tensor) -> Tensor:
         """Run a layer that changes the shape, and that runs again in the backward pass."""
         _refuse_transforms()
-        self.trail.calls[self._position] = call
-        sources = call.sources  # taken now, with their autograd history: running the call replaces them by leaves
-        computed = [call.run_forgetfully(hidden, meter)]
-        self.trail.observer.layer_keeps(self._position, [hidden])
-        return Transition.apply(self.trail, self._position, computed, hidden, *sources)
+        call.begin()
+        value = self._new_chain().apply(call, hidden)
+        call.end()
+        self._observer.layer_keeps(self._position, [hidden])
+        return value
 
     def _store(self, call: LayerCall) -> None:
         """Run a layer whose activations autograd stores."""
-        self._know_both()
-        self._previous, self._current, self._peak = call.run(self._previous, self._current, self._peak)
+        self._chain = None
+        self._advance(call, advance_stored)
 
-    def _rebuild_later(self, call: LayerCall, meter: SavedBytes | None) -> None:
+    def _rebuild_later(self, call: LayerCall) -> None:
         """Run a layer whose activations are rebuilt."""
         if call.plan.grid_bits is None:
             raise RuntimeError(
@@ -304,29 +304,31 @@ class Tape:
                 f"{AUTOGRAD}"
             )
         _refuse_transforms()
-        position, trail = self._position, self.trail
-        previous, current = self._previous, self._current
-        call.opens, call.follows = previous.bits is current.bits, previous.value is None
-        hidden = value_of(current)
-        if previous.value is not None and (previous.needs_gradient or current.needs_gradient):
-            hidden = Enter.apply(trail, position, previous.value, hidden)
-        trail.calls[position] = call
-        trail.observer.layer_begins(position, (previous.bits, current.bits), call.plan.limit)
-        sources = call.sources  # taken now, with their autograd history: running the call replaces them by leaves
-        self._previous, after, self._peak = call.run_undoably(previous, current, self._peak, meter)
-        hidden = RebuiltLayer.apply(trail, position, after.bits, hidden, *sources)
-        self._current = after._replace(value=hidden)
-        trail.observer.layer_keeps(position, [hidden, self._previous.bits, after.bits, *call.kept()])
+        pair = self._previous.bits, self._current.bits
+        if self._chain is None or not self._chain.ends_with(pair):
+            self._chain = self._new_chain()
+        keeps_linears = self._layers_from_here <= self.kept.graphs + self.kept.linears
+        call.saves_linears = keeps_linears and not call.compiles  # compiled code has no linear layers to intercept
+        self._observer.layer_begins(self._position, pair, call.plan.limit)
+        call.begin()
+        self._advance(call, self._chain.advance)
+        call.end()
+        kept = self._chain.kept_by(call)
+        self._observer.layer_keeps(self._position, [self._previous.bits, self._current.bits, *kept])
 
-    def _know_both(self) -> None:
-        """Make both states known to autograd. The layers below are then rebuilt from this pair."""
-        if self._previous.value is None:
-            pair = self._previous.bits, self._current.bits
-            values = Leave.apply(self.trail, self._position - 1, pair, value_of(self._current))
-            self._previous, self._current = (State.of(b, v) for b, v in zip(pair, values, strict=True))
+    def _advance(self, call: LayerCall, advance: Callable[..., tuple[State, State, Tensor]]) -> None:
+        # The gradients of both uses of a state within the chain are added up first, before gradients from elsewhere.
+        current = self._current._replace(value=self._current.value.view_as(self._current.value))
+        previous = self._previous
+        for number in range(len(call.steps)):
+            previous, current, self._peak = advance(call, number, previous, current, self._peak)
+        self._previous, self._current = previous, current
+
+    def _new_chain(self) -> Chain:
+        return Chain(self.engine.lane, self._observer, self.findings)
 
 
-def _whole(steps: Sequence[Step], norm: nn.Module | None) -> Step:
+def _whole(steps: Sequence[StepFunction], norm: nn.Module | None) -> StepFunction:
     """A step that runs the whole layer."""
 
     def layer(state: Tensor, *inputs: Any) -> Tensor:
@@ -385,7 +387,7 @@ def _is_cast_of(hidden: Tensor, handed: Tensor) -> bool:
     return edge == (handed.grad_fn, handed.output_nr) and handed.grad_fn is not None
 
 
-def _conventional(module: nn.Module, steps: Sequence[Step], hidden: Tensor, *inputs: Any) -> Tensor:
+def _conventional(module: nn.Module, steps: Sequence[StepFunction], hidden: Tensor, *inputs: Any) -> Tensor:
     """Run a stock layer. Autograd stores its activations, or they are checkpointed if checkpointing is on."""
     run = partial(run_steps, steps)
     if getattr(module, "gradient_checkpointing", False) and module.training and torch.is_grad_enabled():

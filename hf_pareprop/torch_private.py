@@ -3,7 +3,8 @@
 This code is saved with checkpoints, and they have to load with future versions of PyTorch.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +26,11 @@ try:
     from torch._subclasses.fake_tensor import FakeTensor
 except ImportError:
     FakeTensor = None  # type: ignore[assignment, misc]
+
+try:
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack as leave_transforms
+except ImportError:
+    leave_transforms = None  # type: ignore[assignment]
 
 __all__ = ["DispatchMode"]
 
@@ -51,17 +57,52 @@ def keeps_graph() -> bool:
     return bool(keeps()) if keeps else True
 
 
+NO_PASS = -1
+"""The number of no backward pass. Somebody may look at what a node saved outside of one."""
+
+
 def backward_pass() -> int:
-    """A number that identifies the current backward pass. If PyTorch does not say, all have the same number."""
+    """A number that identifies the current backward pass; :data:`NO_PASS` if there is none, or if PyTorch does not say."""
     task = getattr(torch._C, "_current_graph_task_id", None)
-    return task() if task else 0
+    return task() if task and hasattr(torch.autograd.Variable, "_execution_engine") else NO_PASS
 
 
-def let_streams_differ() -> None:
-    """Switch off a warning: gradients come from another stream than a parameter's first use, as lanes intend."""
-    warn = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)  # since 2.10
-    if warn:
-        warn(False)
+def at_end_of_backward(work: Callable[[], None]) -> None:
+    """Have ``work`` called once when the current backward pass ends, also if it ends by an exception."""
+    torch.autograd.Variable._execution_engine.queue_callback(_Once(work))  # type: ignore[attr-defined]
+
+
+class _Once:
+    """PyTorch calls this at the end of a backward pass. If the pass fails, it throws this away without a call."""
+
+    def __init__(self, work: Callable[[], None]):
+        self._work: Callable[[], None] | None = work
+
+    def __call__(self) -> None:
+        work, self._work = self._work, None
+        if work is not None:
+            work()
+
+    __del__ = __call__
+
+
+@contextmanager
+def outside_transforms() -> Iterator[None]:
+    """Leave the transforms of ``torch.func``, such as the ``vmap`` of ``is_grads_batched=True``, for what is not batched.
+
+    Raises:
+        RuntimeError: this version of PyTorch has no function for it.
+    """
+    if not in_functorch():
+        yield
+        return
+    if leave_transforms is None:
+        raise RuntimeError(
+            "this version of PyTorch cannot rebuild layers within torch.vmap or is_grads_batched=True: compute the gradients one "
+            "after the other, or call model.set_backward_engine('autograd') before the forward pass."
+        )
+    with leave_transforms():
+        yield
 
 
 def compile_for_each_shape(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -146,15 +187,15 @@ def own_parameters(module: nn.Module) -> dict[str, Tensor | None]:
     return vars(module).get("_former_parameters", module._parameters)
 
 
-def forward_hooks(module: nn.Module | None = None) -> Iterator[Any]:
-    """The hooks that see the inputs or outputs of a module, or of all modules."""
-    if module is None:
-        every = torch.nn.modules.module
-        yield from getattr(every, "_global_forward_hooks", {}).values()
-        yield from getattr(every, "_global_forward_pre_hooks", {}).values()
-    else:
-        yield from module._forward_hooks.values()
-        yield from module._forward_pre_hooks.values()
+def hook_tables(modules: Iterable[nn.Module]) -> Iterator[dict[int, Any]]:
+    """The tables of hooks that see the inputs or outputs of these modules. Those of all modules come first."""
+    every = torch.nn.modules.module
+    tables = (getattr(every, "_global_forward_hooks", {}), getattr(every, "_global_forward_pre_hooks", {}))
+    yield from filter(None, tables)
+    for module in modules:
+        if module._forward_hooks or module._forward_pre_hooks:
+            yield module._forward_hooks
+            yield module._forward_pre_hooks
 
 
 FLAT_PARAMETER = "_flat_param"

@@ -18,8 +18,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 from transformers.initialization import no_init_weights
 
-from ..lanes import InlineLane, Job, Lane, replaced, side_lane
-from ..layer_call import Pair
+from ..chain import Pair
+from ..lanes import InlineJob, InlineLane, Job, Lane, replaced, side_lane
 from ..observer import Observer, observing
 from ..torch_private import DispatchMode, free_workspaces
 from .contenders import Batch, Contender, forward_backward, make_optimizer
@@ -236,9 +236,15 @@ def _ahead_lane(device: torch.device) -> Lane:
 
 
 class AheadLane(InlineLane):
-    """A lane with the memory use of a lane that overlaps, but without overlap: work runs as soon as it is started."""
+    """A lane with the memory use of a lane that overlaps, but without overlap: work runs as soon as it is begun."""
 
     overlaps = True
 
-    def start(self, work: Any) -> Job:
-        return super().start(partial(lambda value: value, work()))
+    def job(self, work: Any) -> Job:
+        return _AheadJob(work)
+
+
+class _AheadJob(InlineJob):
+    def begin(self) -> None:
+        value = super().result()
+        self._work = partial(lambda value: value, value)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layer_call import Pair
+from ..chain import Pair
 from ..modeling_reversible import ReversiblePreTrainedModel
 from ..observer import Observer, observing
 from ..plan import check_engine

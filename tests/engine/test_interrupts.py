@@ -68,19 +68,36 @@ def test_an_impatient_user(interrupt):
         time.sleep(0.3)
         done.append(1)
 
-    with pytest.raises(KeyboardInterrupt), lanes.ThreadLane().session() as session:
-        session.start(work)
-        time.sleep(0.05)
-        interrupt(0.1)
-        raise KeyboardInterrupt
+    job = lanes.ThreadLane().job(work)
+    job.begin()
+    time.sleep(0.05)
+    interrupt(0.1)
+    with pytest.raises(KeyboardInterrupt):
+        job.abandon()
+    assert done == [1]
+
+
+def test_an_interrupt_while_a_result_is_awaited(interrupt):
+    done = []
+
+    def work():
+        time.sleep(0.3)
+        done.append(1)
+
+    job = lanes.ThreadLane().job(work)
+    job.begin()
+    interrupt(0.1)
+    with pytest.raises(KeyboardInterrupt):
+        job.result()
     assert done == [1]
 
 
 def test_work_that_has_not_begun_is_cancelled():
-    done = []
-    with pytest.raises(KeyError), lanes.ThreadLane().session() as session:
-        session.start(lambda: time.sleep(0.1))
-        session.start(lambda: done.append(1))
-        raise KeyError
-    time.sleep(0.2)
+    done, lane = [], lanes.ThreadLane()
+    first, second, third = lane.job(lambda: time.sleep(0.1)), *(lane.job(lambda: done.append(1)) for _ in range(2))
+    first.begin()
+    second.begin()
+    for job in (second, third):  # the third has not even been put where the worker would find it
+        job.abandon()
+    first.result()
     assert not done

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, assert_same, never_waiting, step
+from families import FAMILIES, assert_same, never_waiting, rebuilt_steps, step
 
 import hf_pareprop as hp
 from hf_pareprop import lanes
@@ -49,55 +49,57 @@ def test_a_lane_is_replaced_in_a_context(cores):
 
 
 def test_only_the_overlapping_engine_takes_the_side_lane(family):
-    """It uses that lane in every reversible layer."""
-    sessions = []
+    """It uses that lane for all steps but those that a chain begins with."""
+    jobs = []
 
     class Counting(AheadLane):
-        def session(self):
-            sessions.append(1)
-            return super().session()
+        def job(self, work):
+            jobs.append(1)
+            return super().job(work)
 
     model, batch = family.build(3, beta=0.5), family.batch()
-    reversible = sum(plan.reversible for plan in model.base_model.layer_plans)
+    plans = model.base_model.layer_plans
+    chains = len({plan.stage for plan in plans}) + sum(plan.transition for plan in plans)
     with lanes.replaced(lambda device: Counting()):
-        for engine, expected in (("autograd", 0), ("reprop", 0), ("pareprop", reversible)):
-            sessions.clear()
+        ahead = len(rebuilt_steps(model)) - chains
+        for engine, expected in (("autograd", 0), ("reprop", 0), ("pareprop", ahead)):
+            jobs.clear()
             step(model, batch, engine)
-            assert len(sessions) == expected
+            assert len(jobs) == expected
 
 
 def test_inline_work_waits_to_be_asked_for():
-    """So `reprop` has one step's graph alive at a time."""
+    """So `reprop` has one step's activations alive at a time."""
     done = []
-    with lanes.InlineLane().session() as session:
-        job = session.start(lambda: done.append(1))
-        assert not done
-        job.result()
-        assert done == [1]
+    job = lanes.InlineLane().job(lambda: done.append(1))
+    job.begin()
+    assert not done
+    job.result()
+    assert done == [1]
 
 
 def test_worker_runs_beside_the_caller():
-    with lanes.ThreadLane().session() as session:
-        barrier = threading.Barrier(2, timeout=10)
-        job = session.start(barrier.wait)
-        barrier.wait()  # would time out if the work ran on this thread
-        job.result()
+    barrier = threading.Barrier(2, timeout=10)
+    job = lanes.ThreadLane().job(barrier.wait)
+    job.begin()
+    barrier.wait()  # would time out if the work ran on this thread
+    job.result()
 
 
-def test_a_session_ends_when_its_work_is_done():
+def test_an_abandoned_job_is_waited_for():
     begun, done = threading.Event(), []
-    with pytest.raises(KeyError), lanes.ThreadLane().session() as session:
-        session.start(lambda: (begun.set(), time.sleep(0.2), done.append(1)))
-        begun.wait()
-        raise KeyError
+    job = lanes.ThreadLane().job(lambda: (begun.set(), time.sleep(0.2), done.append(1)))
+    job.begin()
+    begun.wait()
+    job.abandon()
     assert done == [1]
 
 
 def test_an_exception_reaches_whoever_asks():
-    with lanes.ThreadLane().session() as session:
-        job = session.start(lambda: 1 // 0)
-        with pytest.raises(ZeroDivisionError):
-            job.result()
+    job = lanes.ThreadLane().job(lambda: 1 // 0)
+    job.begin()
+    with pytest.raises(ZeroDivisionError):
+        job.result()
 
 
 def test_the_next_step_is_rebuilt_while_gradients_are_computed():
@@ -240,8 +242,8 @@ def test_cuda_memory_is_flat_in_depth(family):
 
 
 @pytest.mark.parametrize("engine", ["reprop", "pareprop"])
-def test_graphs_alive_at_a_time(family, lane, engine):
-    """One graph with `reprop`, two with `pareprop` where it overlaps. A graph counts from the start of its rebuild."""
+def test_steps_alive_at_a_time(family, lane, engine):
+    """The activations of one step with `reprop`, of two with `pareprop` where it overlaps. They count from the rebuild on."""
     overlaps = engine == "pareprop" and lane == "thread"
     changes, begun = [], threading.Semaphore(0)  # of both threads
 
@@ -249,21 +251,31 @@ def test_graphs_alive_at_a_time(family, lane, engine):
         @contextmanager
         def rebuilding(self, position, step):
             changes.append(1)
-            if (position, step) != (1, 1):  # the first one
+            if (position, step) != steps[-1]:  # the first one
                 begun.release()
             yield
 
         def step_rebuilt(self, position, step, rebuilt):
-            weakref.finalize(rebuilt, changes.append, -1)
+            left = [tensor for tensor in rebuilt.saved if tensor is not None]
+            count = [len(left)]
+
+            def gone():
+                count[0] -= 1
+                if not count[0]:
+                    changes.append(-1)
+
+            for tensor in left:
+                weakref.finalize(tensor, gone)
 
         @contextmanager
         def differentiating(self, position, step):
-            if overlaps and (position, step) != (0, 0):
+            if overlaps and (position, step) != steps[0]:
                 assert begun.acquire(timeout=60)  # the next rebuild has begun
             yield
 
-    model = family.build(2, 0.1, beta=0.5)
+    model = family.build(2, 0.1, beta=0.5, one_stage=True)
+    steps = rebuilt_steps(model)
     with observing(Counting()):
         step(model, family.batch(), engine)
     alive = list(accumulate(changes))
-    assert (max(alive), alive[-1], len(alive)) == (2 if overlaps else 1, 0, 8)
+    assert (max(alive), alive[-1], len(alive)) == (2 if overlaps else 1, 0, 2 * len(steps))

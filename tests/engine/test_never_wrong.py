@@ -10,7 +10,7 @@ import threading
 
 import pytest
 import torch
-from families import FAMILIES, adaptable, assert_same, cast, gradients, linears, put, step
+from families import FAMILIES, adaptable, assert_same, cast, gradients, linears, put, rebuilt_steps, step
 from torch import nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -261,27 +261,116 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("observe", [by_hook, by_pre_hook])
+OBSERVE = [by_hook, by_pre_hook, by_patched_forward, input_by_patched_forward]
+
+
+@pytest.mark.parametrize("observe", OBSERVE)
 @pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
-def test_a_hook_inside_a_layer_has_it_store_its_activations(family, engine, part, observe):
+def test_a_loss_on_an_activation_inside_a_layer(family, engine, part, observe, rebuilt):
+    """The layer is rebuilt all the same."""
+    model = family.build(6, 0.1, beta=0.5)
+    assert_right(captured(part, observe), model, family.batch(), engine)
+    assert rebuilt == rebuilt_steps(model)[::-1]
+
+
+@pytest.mark.parametrize("observe", OBSERVE)
+def test_such_a_loss_alone(family, engine, observe):
+    """The backward pass begins inside the chain: what is above is rebuilt on the way, and gets no gradient."""
+
+    def event(model, batch):
+        kept = []
+        observe(PARTS["intermediate"](layers(model)[2]), kept)
+        loss_of(model, batch)
+        kept[0].float().pow(2).mean().backward()
+
     model, batch = family.build(6, 0.1, beta=0.5), family.batch()
-    event = captured(part, observe)
-    reference = outcome(event, model, batch, "autograd")
-    with pytest.warns(UserWarning, match="store their activations"):
-        found = outcome(event, model, batch, engine)
-    assert_same(reference, found)
+    assert_right(event, model, batch, engine)
+    assert not any(name.startswith("classifier") for name in outcome(event, model, batch, engine))
 
 
-@pytest.mark.parametrize("observe", [by_patched_forward, input_by_patched_forward])
-@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
-def test_an_activation_taken_without_a_hook_is_refused(family, engine, part, observe):
-    model, batch = family.build(6, 0.1, beta=0.5), family.batch()
-    with pytest.raises(RuntimeError, match="used outside of it"):
-        outcome(captured(part, observe), model, batch, engine)
+def one_after_the_other(model, batch):
+    """The losses have no step in common that is freed by the first: the second goes on above it."""
+    kept = []
+    by_hook(PARTS["norm"](layers(model)[1]), kept)
+    loss = loss_of(model, batch)
+    upper = [parameter for layer in layers(model)[3:] for parameter in layer.parameters()]
+    kept[0].float().pow(2).mean().backward()
+    found = torch.autograd.grad(loss, upper, allow_unused=True)
+    for parameter, gradient in zip(upper, found, strict=True):
+        parameter.grad = gradient
 
 
-def test_a_global_hook_counts_as_one_on_every_module(family, engine):
-    model, batch = family.build(3, 0.1, beta=0.5), family.batch()
+def ends_and_begins_inside(model, batch):
+    """The gradient of the upper layers first, and then, from where that ended, of the lower ones."""
+    kept = []
+    by_hook(PARTS["intermediate"](layers(model)[2]), kept)
+    loss = loss_of(model, batch)
+    (gradient,) = torch.autograd.grad(loss, kept)
+    kept[0].backward(gradient)
+
+
+@pytest.mark.parametrize("event", [one_after_the_other, ends_and_begins_inside])
+@pytest.mark.parametrize("beta", BETAS)
+def test_backward_passes_that_end_inside(family, engine, beta, event):
+    assert_right(event, family.build(6, 0.1, beta=beta), family.batch(), engine)
+
+
+def counting(register):
+    """Hooks that only look are called as often as in plain training, and see the same."""
+
+    def event(model, batch, seen):
+        for module in [module for layer in layers(model) for module in linears(layer)]:
+            getattr(module, register)(lambda module, args, *output: seen.append((output or args)[0].detach().sum()))
+        loss_of(model, batch).backward()
+
+    return event
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_hook_that_only_looks_runs_once(family, engine, register):
+    model, batch, found = family.build(4, 0.1, beta=0.5), family.batch(), []
+    for name in ("autograd", engine):
+        seen = []
+        outcome(lambda model, batch, seen=seen: counting(register)(model, batch, seen), model, batch, name)
+        found.append(seen)
+    assert len(found[0]) == sum(len(linears(layer)) for layer in layers(model))
+    assert len(found[0]) == len(found[1]) and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def returning(module, args, output):
+    return 1.5 * output
+
+
+def in_place(module, args, output):
+    output.mul_(1.5)
+
+
+def with_kept_graph(module, args, output):
+    return output + 0.1 * output.sin()  # which saves the output for its own gradient
+
+
+@pytest.mark.parametrize("change", [returning, in_place, with_kept_graph])
+def test_a_hook_that_changes_an_activation_runs_again(family, engine, change):
+    def event(model, batch):
+        linears(layers(model)[1])[-2].register_forward_hook(change)
+        loss_of(model, batch).backward()
+
+    assert_right(event, family.build(4, 0.1, beta=0.5), family.batch(), engine)
+
+
+def test_a_hook_that_computes_a_loss(family, engine):
+    """It runs once, so that the loss is there once, and autograd stores what it needs."""
+
+    def event(model, batch):
+        found = []
+        linears(layers(model)[1])[-2].register_forward_hook(lambda m, args, output: found.append(output.pow(3).mean()))
+        (loss_of(model, batch) + sum(found)).backward()
+        assert len(found) == 1
+
+    assert_right(event, family.build(4, 0.1, beta=0.5), family.batch(), engine)
+
+
+def test_a_global_hook(family, engine):
     kept = []
 
     def event(model, batch):
@@ -295,8 +384,7 @@ def test_a_global_hook_counts_as_one_on_every_module(family, engine):
 
     handle = nn.modules.module.register_module_forward_hook(keep)
     try:
-        with pytest.warns(UserWarning, match="store their activations"):
-            assert_right(event, model, batch, engine)
+        assert_right(event, family.build(3, 0.1, beta=0.5), family.batch(), engine)
     finally:
         handle.remove()
 
@@ -586,18 +674,20 @@ def budget_for_linears(model, batch):
     return f"{kept / 1024}KB"
 
 
-def test_an_adapter_that_is_switched_on(family, engine):
-    """A parameter that gets a gradient only in the backward pass is refused as well: an optimizer would change it."""
-    model, batch = family.build(4, beta=0.5), family.batch()
+def switched_on_afterwards(model, batch):
+    """A parameter that only the rebuild uses, and that changes nothing: it gets no gradient, as in plain autograd."""
     dense, original = linears(layers(model)[1])[-1], linears(layers(model)[1])[-1].forward
     dense.extra = nn.Parameter(torch.zeros(()))
     dense.on = False
     dense.forward = lambda x: original(x) + dense.extra if dense.on else original(x)
-    model.set_backward_engine(engine)
     loss = loss_of(model, batch)
     dense.on = True
-    with pytest.raises(RuntimeError, match="in the backward pass alone"):
-        loss.backward()
+    loss.backward()
+    assert dense.extra.grad is None
+
+
+def test_a_parameter_that_only_the_rebuild_uses(family, engine):
+    assert_right(switched_on_afterwards, family.build(4, beta=0.5), family.batch(), engine)
 
 
 def test_a_backward_pass_in_inference_mode_is_refused(family, engine):
@@ -662,8 +752,10 @@ def test_nothing_wrong_is_accumulated_before_the_check(family, engine):
         loss.backward()
     found = gradients(model)
     assert all(parameter.grad is not None for parameter in layers(model)[4].parameters())
-    below = [model.get_input_embeddings(), *layers(model)[:3]]
-    assert all(parameter.grad is None for module in below for parameter in module.parameters())
+    below = [p for module in (model.get_input_embeddings(), *layers(model)[:3]) for p in module.parameters()]
+    if family.row.name == "roberta":  # the layer above has applied the norm that ends the wrong layer
+        below = [p for p in below if not any(p is norm for norm in layers(model)[2].output.LayerNorm.parameters())]
+    assert all(parameter.grad is None for parameter in below)
     assert all(torch.equal(grad, reference[name]) for name, grad in found.items())
 
 
@@ -692,11 +784,9 @@ def test_a_parametrization_that_changes_its_buffers_is_refused(family, engine):
         outcome(event, family.build(4, beta=0.5), family.batch(), engine)
 
 
-def test_the_older_spectral_norm_has_its_layer_store_activations(family, engine):
-    event = spectral(nn.utils.spectral_norm)
-    model, batch = family.build(4, beta=0.5), family.batch()
-    with pytest.warns(UserWarning, match="store their activations"):
-        assert_right(event, model, batch, engine)
+def test_the_older_spectral_norm_is_refused(family, engine):
+    with pytest.raises(RuntimeError, match="changes its buffer .*set_backward_engine"):
+        outcome(spectral(nn.utils.spectral_norm), family.build(4, beta=0.5), family.batch(), engine)
 
 
 def test_a_mask_that_is_overwritten(engine):
@@ -735,16 +825,18 @@ def test_a_learned_mask(engine, precision, attention, beta):
     assert_same(*found)
 
 
-def test_a_tensor_that_the_layer_does_not_own(family, engine):
-    """A parameter of another module, which would get no gradient from a rebuilt layer."""
-    model, batch = family.build(3, beta=0.5), family.batch()
+def with_a_foreign_parameter(model, batch):
+    """A layer uses a parameter of another module. Its gradient flows through the graph of the forward pass."""
     scale = nn.Parameter(torch.ones(()))
+    model.register_parameter("scale", scale)
     dense, original = linears(layers(model)[1])[-1], linears(layers(model)[1])[-1].forward
     dense.forward = lambda x: original(x) * scale
-    step(model, batch, "autograd")
+    loss_of(model, batch).backward()
     assert scale.grad is not None
-    with pytest.raises(RuntimeError, match="neither a parameter of the layer nor an input"):
-        step(model, batch, engine)
+
+
+def test_a_tensor_that_the_layer_does_not_own(family, engine):
+    assert_right(with_a_foreign_parameter, family.build(3, 0.1, beta=0.5), family.batch(), engine)
 
 
 def test_an_adapter_that_is_switched(family, engine):
@@ -760,7 +852,9 @@ def test_an_adapter_that_is_switched(family, engine):
     for name, parameter in model.named_parameters():
         if "lora" in name:
             parameter.requires_grad_(True)
-    with pytest.raises(RuntimeError, match="pass alone, so its gradients would be wrong"):
+    with pytest.raises(
+        RuntimeError, match="lora_A.default.weight in the forward pass, and .*lora_A.other.weight in the backward"
+    ):
         loss.backward()
 
 
@@ -924,39 +1018,37 @@ def test_ways_to_run_a_step(family, engine, beta, event):
     assert_right(event, family.build(6, 0.1, beta=beta), family.batch(), engine)
 
 
-def test_a_partial_backward_leaves_nothing_for_the_next(family, engine):
-    """A layer below the part takes nothing that an earlier backward pass left for it."""
-    model, batch = family.build(5, beta=0.5), family.batch()
-    model.set_backward_engine(engine)
+def upper_part_then_a_middle_one(model, batch):
+    """A backward pass begins at a layer that an earlier one, of the layers above, has come to."""
     kept = []
-    original = layers(model)[2].forward
+    layer = layers(model)[2]
 
-    def forward(*args, **kwargs):
-        output = original(*args, **kwargs)
-        kept.append(output)
-        return output
+    def forward(*args, original=layer.forward, **kwargs):
+        kept.append(original(*args, **kwargs))
+        return kept[-1]
 
-    layers(model)[2].forward = forward
+    layer.forward = forward
     loss = loss_of(model, batch)
-    torch.autograd.grad(loss, list(layers(model)[3].parameters()), retain_graph=True)
-    with pytest.raises(RuntimeError, match="not from the layers above"):
-        kept[0].sum().backward()
+    torch.autograd.grad(loss, list(layers(model)[3].parameters()), retain_graph=True, allow_unused=True)
+    kept[0].sum().backward()
+
+
+def test_a_partial_backward_leaves_nothing_for_the_next(family, engine):
+    assert_right(upper_part_then_a_middle_one, family.build(5, beta=0.5), family.batch(), engine)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fail", ["create_graph", "modified parameter"])
-def test_a_failed_step_leaves_no_memory_behind(family, engine, fail):
+def test_a_failed_step_leaves_no_memory_behind(family, engine):
     model, batch = family.build(4, 0.1, beta=0.5), family.batch()
     model.set_backward_engine(engine)
 
     def failing_step():
         model.zero_grad()
         loss = loss_of(model, batch)
-        if fail == "modified parameter":
-            with torch.no_grad():
-                linears(layers(model)[2])[-1].weight.mul_(1.0)
+        with torch.no_grad():
+            linears(layers(model)[2])[-1].weight.mul_(1.0)
         with pytest.raises(RuntimeError):
-            loss.backward(create_graph=fail == "create_graph")
+            loss.backward()
 
     def tensors():
         gc.collect()

@@ -242,17 +242,18 @@ def test_evaluation_agrees_with_and_without_gradients(family, engine):
     assert torch.equal(plain, model(**batch).logits)
 
 
-def test_create_graph_is_refused(family, engine):
-    (loss,) = losses_in(family.build(2), engine, family.batch())
-    with pytest.raises(RuntimeError, match=r"create_graph=True .*set_backward_engine\('autograd'\)"):
-        loss.backward(create_graph=True)
-
-
-def test_create_graph_works_with_autograd(family):
-    model = family.build(2, backward_engine="autograd", attn_implementation="eager")
-    grads = torch.autograd.grad(model(**family.batch()).loss, list(model.parameters()), create_graph=True)
-    sum(g.square().sum() for g in grads if g is not None).backward()
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+def test_second_derivatives(family, engine):
+    """A gradient penalty: the gradient of a loss that is made of gradients."""
+    model, batch = family.build(3, 0.1, beta=0.5, attn_implementation="eager"), family.batch()
+    found = []
+    for name in ("autograd", engine):
+        (loss,) = losses_in(model, name, batch)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        first = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+        (loss + sum(g.square().sum() for g in first if g is not None)).backward()
+        found.append(gradients(model))
+    assert found[0] and all(g.isfinite().all() for g in found[0].values())
+    assert_same(*found)
 
 
 def test_a_modified_parameter_is_noticed(family, engine):
@@ -297,11 +298,7 @@ def test_tied_layers(family, engine):
     _, lower, upper = model.encoder_layers
     put(upper, -1, linears(lower)[-1])
     put(upper, -3, linears(lower)[-3])
-    reference, again = step(model, batch, "autograd")[1], step(model, batch, engine)[1]
-    assert reference.keys() == again.keys()
-    for name, grad in reference.items():
-        # Two contributions are summed in another order, each rounding to half an ulp of fp32.
-        torch.testing.assert_close(again[name], grad, rtol=2**-20, atol=2**-20 * grad.abs().max().item())
+    assert_same(step(model, batch, "autograd")[1], step(model, batch, engine)[1])
 
 
 def test_lora(family, engine):
@@ -339,7 +336,7 @@ class Kept(Observer):
         self.references += map(weakref.ref, tensors)
 
     def step_rebuilt(self, position, step, rebuilt):
-        self.references += [weakref.ref(rebuilt), weakref.ref(rebuilt.previous)]
+        self.references += [weakref.ref(tensor) for tensor in (rebuilt.previous, *rebuilt.saved) if tensor is not None]
 
 
 def test_nothing_outlives_the_graph(family, engine):
@@ -353,7 +350,7 @@ def test_nothing_outlives_the_graph(family, engine):
         with observing(observer):
             step(model, batch, engine)
         plans = model.base_model.layer_plans
-        assert len(observer.references) == sum(5 if p.reversible else 1 for p in plans) + 2 * len(rebuilt_steps(model))
+        assert len(observer.references) > sum(4 if p.reversible else 1 for p in plans) + 4 * len(rebuilt_steps(model))
         assert all(reference() is None for reference in observer.references)
         with observing(observer):
             (loss,) = losses_in(model, engine, batch)  # a forward whose backward never comes
