@@ -69,10 +69,14 @@ class Contents:
             if tensor is not None and name != FLAT_PARAMETER and id(tensor) not in self._seen:
                 self._seen.add(id(tensor))
                 kind[prefix + name] = tensor
-                self._places.append((own, name, tensor))
+                if local_part(tensor) is tensor:
+                    self._places.append((own, name, tensor))
 
     def is_there(self) -> bool:
-        """Whether the modules still hold these very tensors. Within ``torch.func.functional_call`` they do not."""
+        """Whether the modules still hold these very tensors. Within ``torch.func.functional_call`` they do not.
+
+        Shards are left out: FSDP2 on parts of a layer puts the whole parameters in their place whenever a part runs.
+        """
         return all(place.get(name) is tensor for place, name, tensor in self._places)
 
 
@@ -132,6 +136,10 @@ class LayerCall:
 
     # What follows is for layers that run again.
 
+    def can_run_again(self) -> bool:
+        """Whether the layer's parameters are there. ZeRO-3 brings those of each module inside it when that module runs."""
+        return all(p.numel() for p in self.held.parameters.values())
+
     def begin(self) -> None:
         """Note the conditions under which the layer runs, before it does."""
         self.names = _by_storage(self.held.parameters)
@@ -168,7 +176,9 @@ class LayerCall:
         if [version_of(tensor) for tensor in self._read()] != self._modifications:
             names = [*["an input"] * (len(self._modifications) - len(self.held.parameters) - len(self.held.buffers))]
             names += [*self.held.parameters, *self.held.buffers]
-            name = next(n for n, t, v in zip(names, self._read(), self._modifications, strict=True) if version_of(t) != v)
+            name = next(
+                n for n, t, v in zip(names, self._read(), self._modifications, strict=True) if version_of(t) != v
+            )
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
                 f"{name} of {type(self.module).__name__}, which is rebuilt in the backward pass. Modify it after that pass, as an "
@@ -184,7 +194,8 @@ class LayerCall:
         inputs, parameters = self.inputs, self.held.parameters
         if self.held.is_there() and all(p.requires_grad == self._needs[n] for n, p in parameters.items()):
             return lambda state: work(state, *inputs), _by_storage(parameters)
-        aliases = {name: p.detach().requires_grad_(self._needs[name]) for name, p in parameters.items()}
+        whole = {name: p for name, p in parameters.items() if local_part(p) is p}
+        aliases = {name: p.detach().requires_grad_(self._needs[name]) for name, p in whole.items()}
         given = {f"module.{name}": tensor for name, tensor in {**aliases, **self.held.buffers}.items()}
         call = _Call(self.module, work)
         return lambda state: functional_call(call, given, (state, *inputs)), _by_storage(aliases)

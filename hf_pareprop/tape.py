@@ -144,7 +144,7 @@ class Tape:
             self._store(call)
         else:
             with self.retention.measuring(self.kept, call, self._current.bits) as meter:
-                if self._keeps_graph():
+                if self._keeps_graph() or not _can_run_again(call):
                     with meter.counting() if meter else nullcontext():
                         self._store(call)
                 else:
@@ -276,7 +276,7 @@ class Tape:
         if not self._may_rebuild(call, hidden.requires_grad):
             return self.stage(_conventional(module, steps, hidden, *inputs))
         with self.retention.measuring(self.kept, call, hidden) as meter:
-            if self._keeps_graph():
+            if self._keeps_graph() or not _can_run_again(call):
                 with meter.counting() if meter else nullcontext():
                     return self.stage(_conventional(module, steps, hidden, *inputs))
             call.meter = meter
@@ -357,6 +357,17 @@ def _to_hand_on(norm: nn.Module, hidden: Tensor) -> tuple[Tensor, ...]:
             "Or use FSDP2 on whole layers, or ZeRO-2."
         )
     return tuple(p.clone() for p in parameters)
+
+
+def _can_run_again(call: LayerCall) -> bool:
+    there = call.can_run_again()
+    if not there:
+        warnings.warn(
+            f"the parameters of {type(call.module).__name__} are not there when it begins, as with DeepSpeed ZeRO-3: the layer "
+            "stores its activations. Shard with FSDP2 or ZeRO-2 to save that memory.",
+            stacklevel=2,
+        )
+    return there
 
 
 def _refuse_transforms() -> None:

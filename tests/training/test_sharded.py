@@ -18,12 +18,12 @@ STRATEGIES = [
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_fsdp2_on_parts_of_a_layer(engine):
-    """Hooks inside the layer gather and free the parameters of its parts, so the layer stores its activations.
+    """Hooks inside the layer gather the parameters of its parts when it is rebuilt, too.
 
     RoBERTa passes the parameters of a norm to the next layer, but FSDP2 has sharded them by then.
     """
     said = launch("sharded_worker.py", "finer", engine, "sublayer")
-    assert "vit equal in 56 gradients" in said
+    assert all(f"{name} equal in" in said for name in ("vit", "swin", "mvit")), said
     assert "roberta refused" in said
 
 
@@ -53,13 +53,9 @@ def test_fsdp1_with_whole_layers_as_steps(strategy, engine):
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy, engine", STRATEGIES)
 def test_fsdp1_with_sub_blocks_as_steps(strategy, engine):
-    """RoBERTa passes the parameters of a norm to the next layer. FSDP1 removes them, or hides them from the layer."""
+    """RoBERTa passes the parameters of a norm to the next layer."""
     said = launch("sharded_worker.py", strategy, engine, "sublayer")
-    assert "vit equal in" in said
-    if strategy == "FULL_SHARD":
-        assert "roberta equal in" in said
-    else:
-        assert "roberta refused" in said and "steps='layer'" in said
+    assert "vit equal in" in said and "roberta equal in" in said
 
 
 @pytest.mark.slow
