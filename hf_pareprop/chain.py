@@ -320,6 +320,7 @@ class Chain:
 
     # Backward
 
+    @torch.compiler.disable  # compiled autograd would trace it
     def _unpack(self, ticket: Ticket) -> Tensor:
         """Hand out a tensor that a step saved. Autograd calls this."""
         if ticket.tensor is not None:

@@ -4,7 +4,7 @@ This code is saved with checkpoints, and they have to load with future versions 
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -75,8 +75,10 @@ def at_end_of_backward(work: Callable[[], None]) -> None:
 class _Once:
     """PyTorch calls this at the end of a backward pass. If the pass fails, it throws this away without a call."""
 
+    _work: Callable[[], None] | None = None
+
     def __init__(self, work: Callable[[], None]):
-        self._work: Callable[[], None] | None = work
+        self._work = work
 
     def __call__(self) -> None:
         work, self._work = self._work, None
@@ -88,21 +90,30 @@ class _Once:
 
 @contextmanager
 def outside_transforms() -> Iterator[None]:
-    """Leave the transforms of ``torch.func``, such as the ``vmap`` of ``is_grads_batched=True``, for what is not batched.
+    """Leave the transforms of ``torch.func``, and the ``vmap`` of ``is_grads_batched=True``, for what is not batched.
 
     Raises:
         RuntimeError: this version of PyTorch has no function for it.
     """
-    if not in_functorch():
-        yield
-        return
-    if leave_transforms is None:
+    if in_functorch() and leave_transforms is None:
         raise RuntimeError(
-            "this version of PyTorch cannot rebuild layers within torch.vmap or is_grads_batched=True: compute the gradients one "
-            "after the other, or call model.set_backward_engine('autograd') before the forward pass."
+            "this version of PyTorch cannot rebuild layers within torch.vmap: compute the gradients one after the other, or call "
+            "model.set_backward_engine('autograd') before the forward pass."
         )
-    with leave_transforms():
-        yield
+    deeper: Callable[[], int] | None = getattr(torch._C, "_vmapmode_increment_nesting", None)
+    if deeper is None:  # within is_grads_batched=True, PyTorch then refuses to draw random numbers
+        level = 0
+    else:
+        level = deeper() - 1
+        torch._C._vmapmode_decrement_nesting()
+    for _ in range(level):
+        torch._C._vmapmode_decrement_nesting()
+    try:
+        with leave_transforms() if leave_transforms is not None and in_functorch() else nullcontext():
+            yield
+    finally:
+        for _ in range(level):
+            torch._C._vmapmode_increment_nesting()
 
 
 def compile_for_each_shape(function: Callable[..., Any]) -> Callable[..., Any]:
