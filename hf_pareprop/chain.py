@@ -43,7 +43,7 @@ from .torch_private import (
     is_fake,
     keeps_graph,
     outside_transforms,
-    storage_key,
+    owner_of,
 )
 
 Pair = tuple[Tensor, Tensor]
@@ -134,7 +134,7 @@ class Step:
     def pack(self, tensor: Tensor) -> Ticket:
         """Drop a tensor that autograd saves in the forward pass."""
         ticket = Ticket(self.index)
-        self._saved.append(Saved(tensor.shape, tensor.dtype, self.call.names.get(storage_key(tensor))))
+        self._saved.append(Saved(tensor.shape, tensor.dtype, self.call.names.get(owner_of(tensor))))
         self._tickets.append(weakref.ref(ticket))
         if self.call.meter is not None:
             self.call.meter.hold(tensor)
@@ -174,7 +174,7 @@ class Step:
 
         def collect(tensor: Tensor) -> None:
             place = len(saved)
-            found.append(Saved(tensor.shape, tensor.dtype, names.get(storage_key(tensor))))
+            found.append(Saved(tensor.shape, tensor.dtype, names.get(owner_of(tensor))))
             wanted = place < len(self._tickets) and self._tickets[place]() is not None
             saved.append(tensor.detach() if wanted else None)
 

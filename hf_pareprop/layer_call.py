@@ -16,7 +16,6 @@ from .torch_private import (
     FLAT_PARAMETER,
     local_part,
     own_parameters,
-    storage_key,
     version_of,
     views_of_flat_parameter,
 )
@@ -99,7 +98,7 @@ class LayerCall:
 
     Attributes:
         held: what the layer holds in the forward pass.
-        names: the names of its parameters, by their memory.
+        names: the names of its parameters, by their ``id``.
         has_onlookers: whether there are forward hooks of others inside the layer.
         saves_linears: whether results of linear layers are kept, so that a rebuild does not compute them again.
         compiles: whether steps run as compiled code.
@@ -142,7 +141,7 @@ class LayerCall:
 
     def begin(self) -> None:
         """Note the conditions under which the layer runs, before it does."""
-        self.names = _by_storage(self.held.parameters)
+        self.names = _by_id(self.held.parameters)
         self.has_onlookers = watch(self.held.modules[1:])  # hooks on the layer itself are outside of its steps
         self.conditions = Conditions(self.held.modules, self.device)
         self._buffer_versions = [version_of(buffer) for buffer in self.held.buffers.values()]
@@ -193,12 +192,12 @@ class LayerCall:
         """
         inputs, parameters = self.inputs, self.held.parameters
         if self.held.is_there() and all(p.requires_grad == self._needs[n] for n, p in parameters.items()):
-            return lambda state: work(state, *inputs), _by_storage(parameters)
+            return lambda state: work(state, *inputs), _by_id(parameters)
         whole = {name: p for name, p in parameters.items() if local_part(p) is p}
         aliases = {name: p.detach().requires_grad_(self._needs[name]) for name, p in whole.items()}
         given = {f"module.{name}": tensor for name, tensor in {**aliases, **self.held.buffers}.items()}
         call = _Call(self.module, work)
-        return lambda state: functional_call(call, given, (state, *inputs)), _by_storage(aliases)
+        return lambda state: functional_call(call, given, (state, *inputs)), _by_id(aliases)
 
     def can_run_ahead(self) -> bool:
         """Whether the layer can run again before its own backward pass begins.
@@ -238,5 +237,5 @@ def _leaf(value: Any) -> Any:
     return value.detach().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
 
 
-def _by_storage(parameters: dict[str, Tensor]) -> dict[int, str]:
-    return {storage_key(parameter): name for name, parameter in parameters.items()}
+def _by_id(parameters: dict[str, Tensor]) -> dict[int, str]:
+    return {id(parameter): name for name, parameter in parameters.items()}

@@ -152,8 +152,6 @@ class ReversiblePreTrainedModel(PreTrainedModel):
     def set_memory_budget(self, budget: str | None) -> None:
         """Choose what is kept instead of being rebuilt, from the next forward pass on. The gradients are the same.
 
-        The configuration is not changed: it is saved with the model, but how much memory there is depends on the machine.
-
         Args:
             budget: a value of `memory_budget` in the configuration, see [`ReversibleConfig`].
 
@@ -162,6 +160,15 @@ class ReversiblePreTrainedModel(PreTrainedModel):
 
         Example:
             >>> model.set_memory_budget("4GB")
+        """
+        self.keep_within(budget)
+        self.config.memory_budget = budget
+
+    def keep_within(self, budget: str | None) -> None:
+        """The same as :meth:`set_memory_budget`, but the configuration, which is saved with the model, stays as it is.
+
+        Raises:
+            ValueError: `budget` is not a budget.
         """
         runner: Any = self.layer_runner
         runner.retention = Retention(budget, runner.layer_parameters, runner.logits_per_state)
@@ -216,7 +223,7 @@ class ReversiblePreTrainedModel(PreTrainedModel):
         """
         self._findings.settle()
         if self.retention is None:
-            self.set_memory_budget(self.config.memory_budget)
+            self.keep_within(self.config.memory_budget)
         retention: Any = self.retention
         while True:
             tape = self._new_tape(options)

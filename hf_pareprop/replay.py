@@ -32,11 +32,9 @@ FLAGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
 """The global flags by which PyTorch chooses kernels: for each, a function that reads it and one that sets it."""
 
 
-@contextmanager
-def uncached_autocast(device: torch.device) -> Iterator[None]:
+def uncached_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """The autocast of the caller, without its weight cache. A rebuild runs like this as well."""
-    with _autocast(_autocast_settings(device)):
-        yield
+    return _autocast(_autocast_settings(device))
 
 
 def _autocast_settings(device: torch.device) -> list[tuple[str, torch.dtype, bool]]:
@@ -47,12 +45,16 @@ def _autocast_settings(device: torch.device) -> list[tuple[str, torch.dtype, boo
     ]
 
 
+def _autocast(settings: Sequence[tuple[str, torch.dtype, bool]]) -> AbstractContextManager[Any]:
+    needed = [setting for setting in settings if setting[2] or torch.is_autocast_enabled(setting[0])]
+    return _autocast_of(needed) if needed else nullcontext()
+
+
 @contextmanager
-def _autocast(settings: Sequence[tuple[str, torch.dtype, bool]]) -> Iterator[None]:
+def _autocast_of(settings: Sequence[tuple[str, torch.dtype, bool]]) -> Iterator[None]:
     with ExitStack() as stack:
         for kind, dtype, enabled in settings:
-            if enabled or torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
+            stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
         yield
 
 
@@ -78,7 +80,7 @@ class Conditions:
         """Note PyTorch's flags. Call this after the layer has run: the first attention call sets the order of its kernels."""
         self._flags = [read() for read, _ in FLAGS]
 
-    def in_autocast(self) -> AbstractContextManager[None]:
+    def in_autocast(self) -> AbstractContextManager[Any]:
         """The autocast of the forward pass."""
         return _autocast(self._autocast)
 
@@ -87,9 +89,12 @@ class Conditions:
         flags = all(read() == then for (read, _), then in zip(FLAGS, self._flags, strict=True))
         return flags and all(m.training == then for m, then in zip(self._modules, self._training, strict=True))
 
-    @contextmanager
-    def restored(self) -> Iterator[None]:
+    def restored(self) -> AbstractContextManager[Any]:
         """A context with the conditions of the forward pass. Flags and modes that have not changed are not touched."""
+        return self.in_autocast() if self.hold() else self._set_back()
+
+    @contextmanager
+    def _set_back(self) -> Iterator[None]:
         with ExitStack() as stack:
             for (read, write), then in zip(FLAGS, self._flags, strict=True):
                 if (now := read()) != then:

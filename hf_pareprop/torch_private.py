@@ -166,6 +166,12 @@ def shares_memory(a: Tensor, b: Tensor) -> bool:
     )
 
 
+def owner_of(tensor: Tensor) -> int:
+    """The ``id`` of the tensor that a tensor is a view of, or of the tensor itself."""
+    base = tensor._base
+    return id(tensor if base is None else base)
+
+
 def storage_key(tensor: Tensor) -> int:
     """A number that identifies the memory of a tensor among all tensors that are alive."""
     return tensor.untyped_storage()._cdata

@@ -49,7 +49,7 @@ class MemoryBudget(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         reversible = reversible_in(model)
         self._before = reversible.layer_runner.retention
-        reversible.set_memory_budget(self.budget)
+        reversible.keep_within(self.budget)
         self._told = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
