@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .modeling_reversible import HiddenState, requested
 from .tape import Tape
-from .torch_private import own_parameters, views_of_flat_parameter
+from .torch_private import own_parameters, shares_memory, views_of_flat_parameter
 
 Attend = Callable[..., tuple[Tensor, Tensor | None]]
 """An attention function of transformers."""
@@ -184,9 +184,18 @@ def apply_norm(module: nn.Module | None, parameters: Sequence[Tensor], state: Te
     """Apply the norm `module` to `state`, with `parameters` in place of its own. Before the first layer there is no norm."""
     if module is None:
         return state
-    if torch.jit.is_tracing():  # functional_call does not work there
-        return module(state)
+    if torch.jit.is_tracing() or (not torch.compiler.is_compiling() and _has(module, parameters)):
+        return module(state)  # with its own parameters, on which hooks of others may have left something
     return functional_call(module, dict(zip(_parameter_names(module), parameters, strict=True)), (state,))
+
+
+def _has(module: nn.Module, parameters: Sequence[Tensor]) -> bool:
+    """Whether the module's own parameters are these, or aliases of them."""
+    own = [parameter for parameter in module.parameters() if parameter is not None]
+    pairs = zip(own, parameters, strict=False)
+    return len(own) == len(parameters) and all(
+        a is b or (shares_memory(a, b) and a.requires_grad == b.requires_grad) for a, b in pairs
+    )
 
 
 def _parameter_names(module: nn.Module, prefix: str = "") -> list[str]:

@@ -16,6 +16,7 @@ from .torch_private import (
     FLAT_PARAMETER,
     local_part,
     own_parameters,
+    owner_of,
     version_of,
     views_of_flat_parameter,
 )
@@ -139,10 +140,16 @@ class LayerCall:
         """Whether the layer's parameters are there. ZeRO-3 brings those of each module inside it when that module runs."""
         return all(p.numel() for p in self.held.parameters.values())
 
-    def begin(self) -> None:
-        """Note the conditions under which the layer runs, before it does."""
-        self.names = _by_id(self.held.parameters)
-        self.has_onlookers = watch(self.held.modules[1:])  # hooks on the layer itself are outside of its steps
+    def begin(self, norm: nn.Module | None = None) -> None:
+        """Note the conditions under which the layer runs, before it does.
+
+        Args:
+            norm: a module of another layer that this one runs.
+        """
+        # FSDP1's parameters are views of one tensor, and others in each pass.
+        self.names = {id(p): name for name, p in self.held.parameters.items() if owner_of(p) == id(p)}
+        # Hooks on the layer itself are outside of its steps.
+        self.has_onlookers = watch([*self.held.modules[1:], *([] if norm is None else norm.modules())])
         self.conditions = Conditions(self.held.modules, self.device)
         self._buffer_versions = [version_of(buffer) for buffer in self.held.buffers.values()]
 
@@ -192,12 +199,14 @@ class LayerCall:
         """
         inputs, parameters = self.inputs, self.held.parameters
         if self.held.is_there() and all(p.requires_grad == self._needs[n] for n, p in parameters.items()):
-            return lambda state: work(state, *inputs), _by_id(parameters)
+            return lambda state: work(state, *inputs), self.names
         whole = {name: p for name, p in parameters.items() if local_part(p) is p}
         aliases = {name: p.detach().requires_grad_(self._needs[name]) for name, p in whole.items()}
         given = {f"module.{name}": tensor for name, tensor in {**aliases, **self.held.buffers}.items()}
         call = _Call(self.module, work)
-        return lambda state: functional_call(call, given, (state, *inputs)), _by_id(aliases)
+        return lambda state: functional_call(call, given, (state, *inputs)), {
+            id(aliases[name]): name for name in self.names.values() if name in aliases
+        }
 
     def can_run_ahead(self) -> bool:
         """Whether the layer can run again before its own backward pass begins.
@@ -235,7 +244,3 @@ class _Call(nn.Module):
 def _leaf(value: Any) -> Any:
     """A tensor without its autograd history; any other value unchanged."""
     return value.detach().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
-
-
-def _by_id(parameters: dict[str, Tensor]) -> dict[int, str]:
-    return {id(parameter): name for name, parameter in parameters.items()}

@@ -18,7 +18,14 @@ from .layer_call import AUTOGRAD, LayerCall, StepFunction, named_parameters_of, 
 from .observer import current_observer
 from .plan import LayerPlan
 from .retention import Retention, RetentionPlan
-from .torch_private import hook_tables, in_functorch, local_part, shares_memory, transforming, version_of
+from .torch_private import (
+    hook_tables,
+    in_functorch,
+    local_part,
+    shares_memory,
+    transforming,
+    version_of,
+)
 
 Grid = tuple[int, int]
 """Rows and columns of patches."""
@@ -310,7 +317,7 @@ class Tape:
         keeps_linears = self._layers_from_here <= self.kept.graphs + self.kept.linears
         call.saves_linears = keeps_linears and not call.compiles  # compiled code has no linear layers to intercept
         self._observer.layer_begins(self._position, pair, call.plan.limit)
-        call.begin()
+        call.begin(self.norm[0])
         self._advance(call, self._chain.advance)
         call.end()
         kept = self._chain.kept_by(call)
@@ -356,7 +363,9 @@ def _to_hand_on(norm: nn.Module, hidden: Tensor) -> tuple[Tensor, ...]:
             "between. Make the whole layer one step, with steps='layer' in from_pretrained, to_reversible or the configuration. "
             "Or use FSDP2 on whole layers, or ZeRO-2."
         )
-    return tuple(p.clone() for p in parameters)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return tuple(p.clone() for p in parameters)  # FSDP may free them when the layer has run
+    return parameters
 
 
 def _can_run_again(call: LayerCall) -> bool:

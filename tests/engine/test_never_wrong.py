@@ -7,6 +7,7 @@ engine, which stores everything, and with the engines that rebuild.
 import copy
 import gc
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -335,6 +336,44 @@ def test_a_hook_that_only_looks_runs_once(family, engine, register):
         found.append(seen)
     assert len(found[0]) == sum(len(linears(layer)) for layer in layers(model))
     assert len(found[0]) == len(found[1]) and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def of_every_sample(model, batch):
+    """Norms of the gradients of every sample, as Opacus computes them: hooks store activations, and count calls on parameters."""
+    found = {}
+
+    def forward(module, args, output):
+        module.activations.append(args[0].detach())
+        for parameter in module.parameters(recurse=False):
+            parameter.calls += 1
+
+    def backward(name, module, grads_in, grads_out):
+        activations = module.activations.pop()
+        for parameter in module.parameters(recurse=False):
+            parameter.calls -= 1
+            assert parameter.calls == 0
+        rows = (tensor.flatten(1, -2) for tensor in (grads_out[0], activations))
+        found[name] = torch.einsum("bti,btj->bij", *rows).flatten(1).norm(dim=1)
+
+    for i, layer in enumerate(layers(model)):
+        for name, module in layer.named_modules():
+            if isinstance(module, (nn.Linear, nn.LayerNorm)):
+                module.activations = []
+                for parameter in module.parameters(recurse=False):
+                    parameter.calls = 0
+                module.register_forward_hook(forward)
+                module.register_full_backward_hook(partial(backward, f"{i}.{name}"))
+    loss_of(model, batch).backward()
+    return found
+
+
+def test_gradients_of_every_sample(family, engine):
+    model, batch = family.build(4, 0.1, beta=0.5), family.batch()
+    found = []
+    for name in ("autograd", engine):
+        outcome(lambda model, batch: found.append(of_every_sample(model, batch)), model, batch, name)
+    assert len(found[0]) > 20
+    assert_same(*found)
 
 
 def returning(module, args, output):
