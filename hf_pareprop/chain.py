@@ -44,6 +44,7 @@ from .torch_private import (
     keeps_graph,
     outside_transforms,
     owner_of,
+    version_of,
 )
 
 Pair = tuple[Tensor, Tensor]
@@ -55,6 +56,12 @@ WRONG = (
     "overwritten; a module was replaced; another thread draws random numbers while dropout is replayed; saved-tensor hooks "
     "change what they are given; the layer is not a function of its inputs. Avoid that, or call "
     "model.set_backward_engine('autograd') before the forward pass, which stores activations."
+)
+
+
+MODIFIED = (
+    "one of the variables needed for gradient computation has been modified by an inplace operation: an activation inside {}, by the "
+    "layer itself or by a hook in it. Return a new tensor instead."
 )
 
 
@@ -102,9 +109,8 @@ class Rebuilt:
 
     Attributes:
         saved: what the step saved, in the order of the forward pass; ``None`` for what nobody can ask for any more.
-        previous: ``s[i-1]``; for a layer that changes the shape of the hidden state, what the layer computed; ``None`` if the
-            step was undone before.
-        right: whether ``previous`` is that of the forward pass, and kept results fit: a 0-d bool.
+        previous: ``s[i-1]``; for a layer that changes the shape of the hidden state, what the layer computed.
+        right: whether the step computed what it computed in the forward pass: a 0-d bool.
     """
 
     saved: list[Tensor | None]
@@ -128,6 +134,7 @@ class Step:
         self.sides: Sequence[Tensor] = ()
         self.onlookers = Onlookers() if call.has_onlookers else None
         self.checksum: Tensor | None = None  # of s[i-1]; None if it is the same state as s[i]
+        self.after: Tensor | None = None  # the checksum of s[i+1], as soon as it is needed
         self._saved: list[Saved] = []
         self._tickets: list[weakref.ref[Ticket]] = []
 
@@ -153,23 +160,28 @@ class Step:
         return retreat(value, following, self.call.plan, self.sides)
 
     def is_right(self, previous: Tensor, current: Tensor) -> Tensor:
-        """Whether ``s[i-1]`` was rebuilt as it was in the forward pass, and whether kept results fit: a 0-d bool."""
-        right = (previous == current).all() if self.checksum is None else checksum(previous) == self.checksum
-        linears = self.context.linears.right if self.context.linears else []
-        return torch.stack([right, *linears]).all() if linears else right
+        """Whether ``s[i-1]`` was rebuilt as it was in the forward pass: a 0-d bool."""
+        return (previous == current).all() if self.checksum is None else checksum(previous) == self.checksum
 
-    def rebuild(self, current: Tensor, following: Tensor | None, undone: bool = False) -> Rebuilt:
+    def is_right_again(self, value: Tensor, previous: Tensor) -> Tensor:
+        """The same for a step that was undone before, from ``Phi_i(s[i])`` and ``s[i-1]``: whether they yield ``s[i+1]``."""
+        bits, _, _ = advance(value, previous, self.call.plan, torch.zeros((), device=value.device))
+        assert self.after is not None
+        return checksum(bits) == self.after
+
+    def rebuild(self, current: Tensor, following: Any, previous: Any = None) -> Rebuilt:
         """Run the step again, from ``s[i]``, and undo it, from ``s[i+1]``.
 
         Args:
-            undone: whether the step was undone before, and only has to run again.
+            previous: ``s[i-1]``, if the step was undone before and only has to run again.
 
         Raises:
-            RuntimeError: the step saves something else than in the forward pass, or what it reads was modified.
+            RuntimeError: the step saves something else than in the forward pass, or what it reads or saves was modified.
         """
         self.call.check_unmodified()
         saved: list[Tensor | None] = []
         found: list[Saved] = []
+        versions: list[int] = []
         work, names = self.call.again(partial(self.call.phi, self.number))
 
         def collect(tensor: Tensor) -> None:
@@ -177,6 +189,7 @@ class Step:
             found.append(Saved(tensor.shape, tensor.dtype, names.get(owner_of(tensor))))
             wanted = place < len(self._tickets) and self._tickets[place]() is not None
             saved.append(tensor.detach() if wanted else None)
+            versions.append(version_of(tensor))
 
         with outside_transforms(), torch.enable_grad():
             state = self.read(current).requires_grad_(self.needs_gradient)
@@ -184,11 +197,20 @@ class Step:
                 value = self.context.replay(partial(work, state)).detach()
             if found != self._saved:
                 raise RuntimeError(_difference(self.call, self._saved, found))
-            if undone:
-                return Rebuilt(saved, None, None)
+            if any(t is not None and version_of(t) != v for t, v in zip(saved, versions, strict=True)):
+                raise RuntimeError(MODIFIED.format(type(self.call.module).__name__))
             with torch.no_grad():
-                previous = self.undo(value, following)
-                return Rebuilt(saved, previous, self.is_right(previous, current))
+                if previous is None:
+                    previous = self.undo(value, following)
+                    right = self.is_right(previous, current)
+                else:
+                    right = self.is_right_again(value, previous)
+                linears = self.context.linears.right if self.context.linears else []
+                return Rebuilt(saved, previous, torch.stack([right, *linears]).all() if linears else right)
+
+    def below(self, previous: Tensor, current: Tensor) -> Pair:
+        """The pair ``s[i-1]`` and ``s[i]``. At the beginning of a segment it is the same state twice."""
+        return current if self.checksum is None else previous, current
 
     def hand_out(self, saved: Sequence[Tensor | None]) -> None:
         """Put what was rebuilt where autograd will ask for it."""
@@ -216,6 +238,12 @@ class StepFromInput(Step):
     def is_right(self, previous: Tensor, current: Tensor) -> Tensor:
         assert self.checksum is not None
         return torch.eq(checksum_of_values(previous), self.checksum)
+
+    def is_right_again(self, value: Tensor, previous: Tensor) -> Tensor:
+        return self.is_right(value, previous)
+
+    def below(self, previous: Tensor, current: Tensor) -> Pair:
+        return current, current  # what the layer computed is not needed any more
 
 
 class Descent:
@@ -292,6 +320,8 @@ class Chain:
         step = Step(len(self._steps), call, number, state.requires_grad)
         if previous.bits is not current.bits:
             step.checksum = checksum(previous.bits)
+        if step.index > 1:
+            self._steps[-2].after = step.checksum
         value = self._record(step, state)
         bits, step.sides, peak = advance(value.detach(), previous.bits, call.plan, peak, keep=True)
         self.top = current.bits, bits
@@ -310,10 +340,10 @@ class Chain:
     def _record(self, step: Step, state: Tensor) -> Tensor:
         self._at = step.index
         self._steps.append(step)
-        call = step.call
-        onlookers = step.onlookers
+        call, onlookers, version = step.call, step.onlookers, version_of(state)
         with saved_tensors_hooks(step.pack, self._unpack), onlookers.watched() if onlookers else nullcontext():
             value: Tensor = step.context.record(partial(call.phi, step.number, state, *call.inputs))
+        _check_unmodified(state, version, call)
         if call.meter is not None:
             call.meter.let_go()
         return value
@@ -357,14 +387,18 @@ class Chain:
             descent.pair, descent.at = self.top, self._at
         if index > descent.at:
             step = self._steps[index]
-            rebuilt = self._rebuild(step, descent.pair[1], None, True)
+            previous, current = descent.pair
+            rebuilt = self._rebuild(step, current, None, previous)
+            self._check(descent, step, rebuilt, current)
         while descent.at >= index:
             step = self._steps[descent.at]
             job, descent.job = descent.job, None
             rebuilt = job.result() if job else self._rebuild(step, *descent.pair)
-            current, _ = descent.pair
+            current, following = descent.pair
             self._check(descent, step, rebuilt, current)
-            descent.pair, descent.at = (rebuilt.previous if step.index else None, current), descent.at - 1
+            if step.after is None and following is not None:
+                step.after = checksum(following)
+            descent.pair, descent.at = step.below(rebuilt.previous, current), descent.at - 1
         step.hand_out(rebuilt.saved)
         descent.step = step
         if not keeps_graph() and not any(above.is_wanted() for above in self._steps[index + 1 :]):
@@ -389,10 +423,10 @@ class Chain:
             descent.job = lane.job(partial(self._rebuild, step, *descent.pair))
             descent.job.begin()
 
-    def _rebuild(self, step: Step, current: Tensor, following: Tensor | None, undone: bool = False) -> Rebuilt:
+    def _rebuild(self, step: Step, current: Tensor, following: Any, previous: Any = None) -> Rebuilt:
         position, number = step.call.position, step.number
         with self._observer.rebuilding(position, number):
-            rebuilt = step.rebuild(current, following, undone)
+            rebuilt = step.rebuild(current, following, previous)
         self._observer.step_rebuilt(position, number, rebuilt)
         return rebuilt
 
@@ -438,8 +472,10 @@ def advance_stored(
 ) -> tuple[State, State, Tensor]:
     """The same as :meth:`Chain.advance`, where autograd keeps what the step saves."""
     state = current.value.view_as(current.value)
+    version = version_of(state)
     with uncached_autocast(call.device):
         value = call.phi(number, state, *call.inputs)
+    _check_unmodified(state, version, call)
     bits, _, peak = advance(value.detach(), previous.bits, call.plan, peak)
     return current, _next_state(call, bits, value, previous), peak
 
@@ -448,6 +484,11 @@ def _next_state(call: LayerCall, bits: Tensor, value: Tensor, previous: State) -
     """``s[i+1]``, whose gradient goes to ``Phi_i(s[i])`` and, times beta, to ``s[i-1]``."""
     plan = call.plan
     return State(bits, straight_through(bits, plan.grid_bits, call.dtype, (1.0, value), (plan.beta, previous.value)))
+
+
+def _check_unmodified(state: Tensor, version: int, call: LayerCall) -> None:
+    if version_of(state) != version:
+        raise RuntimeError(MODIFIED.format(type(call.module).__name__))
 
 
 def _or_nan(tensor: Tensor, verdict: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ class Onlookers:
                 return hook(*args, **kwargs)
         tensors = [leaf for leaf in tree_leaves((args[1:], kwargs)) if isinstance(leaf, Tensor)]
         versions = list(map(version_of, tensors))
-        with saved_tensors_hooks(Tensor.detach, _unchanged):
+        with saved_tensors_hooks(_store, _stored):
             result = hook(*args, **kwargs)
         looked = result is None and list(map(version_of, tensors)) == versions
         self._only_look[number] = looked and self._only_look.get(number, True)
@@ -96,7 +96,17 @@ def _is_part_of_the_layer(hook: Any) -> bool:
     return module.partition(".")[0] in PART_OF_THE_LAYER
 
 
-def _unchanged(tensor: Tensor) -> Tensor:
+def _store(tensor: Tensor) -> tuple[Tensor, int]:
+    return tensor.detach(), version_of(tensor)
+
+
+def _stored(found: tuple[Tensor, int]) -> Tensor:
+    tensor, version = found
+    if version_of(tensor) != version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: a tensor that a forward "
+            "hook inside a reversible layer uses."
+        )
     return tensor
 
 

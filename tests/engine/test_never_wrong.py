@@ -397,6 +397,65 @@ def test_a_hook_that_changes_an_activation_runs_again(family, engine, change):
     assert_right(event, family.build(4, 0.1, beta=0.5), family.batch(), engine)
 
 
+def add_to_the_input(module, args):
+    args[0].add_(1)
+
+
+@pytest.mark.parametrize("name", ["autograd", "engine"])
+def test_a_saved_activation_that_is_modified(family, engine, name):
+    """Plain autograd refuses that as well: the activation's gradient would be computed from other numbers."""
+
+    def event(model, batch):
+        dense = linears(layers(model)[1])[-1]
+        dense.register_forward_pre_hook(lambda module, args: (args[0].tanh(),))
+        dense.register_forward_pre_hook(add_to_the_input)
+        loss_of(model, batch).backward()
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        outcome(event, family.build(3, beta=0.5), family.batch(), engine if name == "engine" else name)
+
+
+def by_the_layer_itself(model, batch):
+    """An activation is modified after a nonlinearity has saved it."""
+    inner, original = linears(layers(model)[1])[-2], linears(layers(model)[1])[-2].forward
+    inner.forward = lambda x: original(x).tanh().add_(1)
+    loss_of(model, batch).backward()
+
+
+def test_a_layer_that_modifies_what_it_saves(family, engine):
+    for name in ("autograd", engine):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            outcome(by_the_layer_itself, family.build(3, beta=0.5), family.batch(), name)
+
+
+def test_a_step_that_modifies_its_state(engine):
+    """The first norm of a ViT's layer reads the state itself."""
+    family = FAMILIES["vit"]
+
+    def event(model, batch):
+        layers(model)[1].layernorm_after.forward = lambda hidden: hidden.add_(1)
+        loss_of(model, batch)
+
+    for name in ("autograd", engine):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            outcome(event, family.build(3, beta=0.5), family.batch(), name)
+
+
+@pytest.mark.parametrize("where", [0, 1, 3])
+def test_a_step_that_runs_a_third_time_is_checked(family, engine, where):
+    """One backward pass ends inside a step, and another one begins there: meanwhile a module was replaced."""
+    model, kept = family.build(4, beta=0.5), []
+    by_hook(PARTS["intermediate"](layers(model)[where]), kept)
+    model.set_backward_engine(engine)
+    loss = loss_of(model, family.batch())
+    (gradient,) = torch.autograd.grad(loss, kept)
+    put(layers(model)[where], -1, copy.deepcopy(linears(layers(model)[where])[-1]))
+    with torch.no_grad():
+        linears(layers(model)[where])[-1].weight.mul_(2)
+    with pytest.raises(RuntimeError, match=REFUSED):
+        kept[0].backward(gradient)
+
+
 def test_a_hook_that_computes_a_loss(family, engine):
     """It runs once, so that the loss is there once, and autograd stores what it needs."""
 
