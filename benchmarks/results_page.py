@@ -1,4 +1,4 @@
-"""Write the tables of `docs/results.md` from the results of `python -m benchmarks.throughput`.
+"""Write the tables of `docs/results.md` from the results of `python -m benchmarks.throughput` and of `python -m benchmarks.host`.
 
     python -m benchmarks.results_page [--check]
 
@@ -17,6 +17,7 @@ from hf_pareprop.tools.compare import Row
 from hf_pareprop.tools.contenders import STOCK, Contender
 from hf_pareprop.tools.records import MB, markdown, ratio
 
+from . import host
 from .measure import ROOT
 from .options import RESULTS
 from .pages import TABLE, parser, update
@@ -29,7 +30,10 @@ Column = tuple[str, str]
 
 
 def lines_of(file: Path, what: str | None = None) -> Iterator[str]:
-    """The table of one machine: a line per contender, a column per model and precision."""
+    """The table of one machine: a line per contender, a column per model and precision; or that of the host's work."""
+    if file.name == host.FILE.name:
+        yield from host.lines_of(file)
+        return
     parts = json.loads(file.read_text())["parts"]
     shown = _by_column(parts, what or "speed")
     speed = {column: max(own, key=itemgetter("batch_size")) for column, own in shown.items()}
