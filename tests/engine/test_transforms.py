@@ -46,7 +46,7 @@ def test_jacobian_of_the_logits(family, engine, jacobian, dropout):
     assert_same(*found)
 
 
-@pytest.mark.slow
+@pytest.mark.every_case
 @pytest.mark.parametrize("name", ["roberta", pytest.param("vit", marks=pytest.mark.every_case)])
 @pytest.mark.parametrize("engine", ["reprop", pytest.param("pareprop", marks=pytest.mark.every_case)])
 def test_compiled_autograd(name, engine):
