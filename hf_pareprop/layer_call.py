@@ -131,8 +131,11 @@ class LayerCall:
         """``Phi`` of a step; of a layer that changes the shape of the hidden state, what the layer returns."""
         if self.plan.transition:
             return run_steps(self.steps, state, *inputs)
-        run = compiled_phi_of_step() if self.compiles else phi_of_step
-        return run(self.steps[number], state, inputs, self.plan.beta)
+        if not self.compiles:
+            return phi_of_step(self.steps[number], state, inputs, self.plan.beta)
+        # PyTorch compiles other code for a parameter than for a tensor, and a rebuild gets tensors.
+        inputs = tuple(value.clone() if isinstance(value, nn.Parameter) else value for value in inputs)
+        return compiled_phi_of_step()(self.steps[number], state, inputs, self.plan.beta)
 
     # What follows is for layers that run again.
 

@@ -27,7 +27,7 @@ def interrupt():
     signal.signal(signal.SIGALRM, before)
 
 
-@pytest.mark.every_case
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["inline", "thread"])
 def test_interrupts_at_any_time(interrupt, place):
     family = FAMILIES["vit"]
