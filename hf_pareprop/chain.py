@@ -299,8 +299,8 @@ class Chain:
         return self.top[0] is pair[0] and self.top[1] is pair[1]
 
     def kept_by(self, call: LayerCall) -> list[Tensor]:
-        """What the steps of a layer keep: side bits, and results of linear layers."""
-        steps = [step for step in self._steps if step.call is call]
+        """What the steps of the last layer keep: side bits, and results of linear layers."""
+        steps = self._steps[-len(call.steps) :]
         linears = (step.context.linears.results for step in steps if step.context.linears)
         return [tensor for tensors in (*(step.sides for step in steps), *linears) for tensor in tensors]
 

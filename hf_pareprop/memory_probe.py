@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from .torch_private import gradient_is_consumed, local_part, storage_key
+from .torch_private import has_hooks_after_accumulation, local_part, storage_key, store, stored
 
 MEMINFO = Path("/proc/meminfo")
 STATUS = Path("/proc/self/status")
@@ -16,7 +16,7 @@ STATUS = Path("/proc/self/status")
 
 def coming(parameter: Tensor) -> int:
     """Bytes of the gradient that the backward pass will compute for ``parameter`` and leave in memory."""
-    if not parameter.requires_grad or parameter.grad is not None or gradient_is_consumed(parameter):
+    if not parameter.requires_grad or parameter.grad is not None or has_hooks_after_accumulation(parameter):
         return 0
     local = local_part(parameter)
     return local.numel() * local.element_size()
@@ -44,20 +44,23 @@ class SavedBytes:
 
     def counting(self) -> saved_tensors_hooks:
         """A context in which everything that autograd saves is counted, and stays saved."""
-        return saved_tensors_hooks(self.keep, lambda tensor: tensor)
+        return saved_tensors_hooks(self._keep, stored)
 
-    def keep(self, tensor: Tensor) -> Tensor:
-        """Count a tensor that autograd saves, and keep it saved. For use as a pack hook."""
+    def _keep(self, tensor: Tensor) -> tuple[Tensor, int]:
+        self._count(tensor)
+        return store(tensor)
+
+    def _count(self, tensor: Tensor) -> None:
         if (key := storage_key(tensor)) not in self._known:
             self._found[key] = tensor.untyped_storage().nbytes()
-        return tensor.detach()  # not the tensor itself: a node that saves its own result would keep itself alive
 
     def hold(self, tensor: Tensor) -> None:
-        """Count a tensor of a graph that will be thrown away. For use as a pack hook.
+        """Count a tensor that autograd would save.
 
         The tensor is kept alive until :meth:`let_go`, so that no other tensor gets the same address and is left out.
         """
-        self._held.append(self.keep(tensor))
+        self._count(tensor)
+        self._held.append(tensor.detach())
 
     def let_go(self) -> None:
         self._let_go, self._found, self._held = self.total, {}, []

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
-from .torch_private import hook_tables, version_of
+from .torch_private import hook_tables, store, stored, version_of
 
 PART_OF_THE_LAYER = ("torch", "transformers", "accelerate", "peft", "deepspeed")
 """Packages whose hooks are how a module computes, such as FSDP2's: they always run again."""
@@ -58,7 +58,7 @@ class Onlookers:
                 return hook(*args, **kwargs)
         tensors = [leaf for leaf in tree_leaves((args[1:], kwargs)) if isinstance(leaf, Tensor)]
         versions = list(map(version_of, tensors))
-        with saved_tensors_hooks(_store, _stored):
+        with saved_tensors_hooks(store, stored):
             result = hook(*args, **kwargs)
         looked = result is None and list(map(version_of, tensors)) == versions
         self._only_look[number] = looked and self._only_look.get(number, True)
@@ -94,20 +94,6 @@ def _is_part_of_the_layer(hook: Any) -> bool:
         hook = hook.func
     module = getattr(hook, "__module__", None) or ""
     return module.partition(".")[0] in PART_OF_THE_LAYER
-
-
-def _store(tensor: Tensor) -> tuple[Tensor, int]:
-    return tensor.detach(), version_of(tensor)
-
-
-def _stored(found: tuple[Tensor, int]) -> Tensor:
-    tensor, version = found
-    if version_of(tensor) != version:
-        raise RuntimeError(
-            "one of the variables needed for gradient computation has been modified by an inplace operation: a tensor that a forward "
-            "hook inside a reversible layer uses."
-        )
-    return tensor
 
 
 def _drop(tensor: Any) -> Any:

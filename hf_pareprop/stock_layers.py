@@ -456,19 +456,22 @@ def _with_tape(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
+def chains_in(model: nn.Module, kind: type) -> list[str]:
+    """The names of the lists in a model that hold layers of one kind, and nothing else."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and all(isinstance(layer, kind) for layer in module)
+    ]
+
+
 def _chain_in(runner: nn.Module) -> str:
     """The name of the list of layers in the model that runs them.
 
     Raises:
         ValueError: there is no such list, or there are several.
     """
-    found = [
-        name
-        for name, module in runner.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module)
-        and all(isinstance(layer, ReversibleLayer) for layer in module)
-    ]
+    found = chains_in(runner, ReversibleLayer)
     if len(found) != 1:
         raise ValueError(
             f"{type(runner).__name__} has {len(found)} lists of layers ({', '.join(found) or 'none'}): only a model with one chain "

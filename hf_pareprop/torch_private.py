@@ -177,16 +177,6 @@ def storage_key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def has_gradient_hooks(tensor: Tensor) -> bool:
-    """Whether ``tensor.register_hook`` was called on a tensor."""
-    return bool(getattr(tensor, "_backward_hooks", None))
-
-
-def gradient_is_consumed(parameter: Tensor) -> bool:
-    """Whether hooks take the gradient of a parameter away as soon as it exists."""
-    return bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
-
-
 def local_part(parameter: Tensor) -> Tensor:
     """The shard of a DTensor in this process; any other tensor unchanged."""
     return getattr(parameter, "_local_tensor", parameter)
@@ -282,5 +272,26 @@ class _OfModule:
 
 
 def has_hooks_after_accumulation(parameter: Tensor) -> bool:
-    """Whether a function runs whenever the gradient of ``parameter`` was accumulated."""
+    """Whether a function runs as soon as the gradient of ``parameter`` was accumulated. Many take the gradient away."""
     return bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
+
+
+def store(tensor: Tensor) -> tuple[Tensor, int]:
+    """A pack hook that keeps a tensor saved. Its counterpart is :func:`stored`."""
+    # Not the tensor itself: a node that saves its own result would keep itself alive.
+    return tensor.detach(), version_of(tensor)
+
+
+def stored(found: tuple[Tensor, int]) -> Tensor:
+    """An unpack hook that checks the tensor's version, as PyTorch does where there are no hooks.
+
+    Raises:
+        RuntimeError: the tensor was modified in place after it had been saved.
+    """
+    tensor, version = found
+    if version_of(tensor) != version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: a tensor of shape "
+            f"{tuple(tensor.shape)}. Return a new tensor instead."
+        )
+    return tensor

@@ -5,11 +5,11 @@ from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..stock_layers import StockLayersModel, couple, field_names, make_family, uncouple
+from ..stock_layers import StockLayersModel, chains_in, couple, field_names, make_family, uncouple
 from .inputs import loss_of, random_batch, with_targets
 
 BATCHES = 2
@@ -65,13 +65,7 @@ def made_reversible(model: PreTrainedModel, fields: Mapping[str, Any]) -> Any:
 
 
 def _class_for(model: PreTrainedModel) -> type[StockLayersModel]:
-    chains = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module)
-        and all(isinstance(layer, GradientCheckpointingLayer) for layer in module)
-    ]
+    chains = chains_in(model, GradientCheckpointingLayer)
     if len(chains) != 1:
         raise ValueError(f"it has {len(chains)} lists of layers, and one is expected.")
     runner = _innermost_model_around(model, chains[0])
